@@ -1,0 +1,1566 @@
+#!/usr/bin/env python3
+"""BitBreeze: a BitTorrent tracker in one file, for any host that runs Python.
+
+Clients announce that they share a torrent and are told who else does. The peers live
+in small locked files that every worker process shares; there is no database, no daemon
+and nothing to set up. An announce goes one way through the house:
+
+    environ -> parse_announce -> Tracker -> Store -> announce_reply -> bytes
+
+Parsing and replying are pure functions, ``now`` is an argument, and only the edges
+(Pages, Commands) touch a socket or a clock. The rooms, in reading order:
+
+    Settings   every setting once, where it is read from, what it may be
+    Errors     the one exception whose text a client reads
+    Values     what the rooms hand to each other
+    Requests   from a raw query to values
+    Replies    from values to bencoded bytes
+    Store      the contract, and peers in locked files
+    Tracker    announce and scrape over a store: no sockets, no HTTP
+    Pages      the WSGI door, the front page, the numbers as JSON
+    Commands   python app.py
+"""
+
+import configparser
+import errno
+import fcntl
+import ipaddress
+import logging
+import os
+import socket
+import struct
+import sys
+import time
+import zlib
+from collections import namedtuple
+from contextlib import contextmanager
+from functools import lru_cache
+from hashlib import blake2b
+from itertools import zip_longest
+from operator import or_
+from pathlib import Path
+from random import random
+from threading import Lock
+from typing import NamedTuple
+from urllib.parse import unquote_to_bytes
+
+import bencoder
+import click
+from flask import Blueprint, Flask, current_app, render_template_string, request
+from flask.logging import default_handler, has_level_handler
+
+HERE = Path(__file__).resolve().parent
+log = logging.getLogger("bitbreeze")
+
+
+# -- Settings -------------------------------------------------------------------------
+# Each is declared once. Later sources win: the default, [tracker] in wsgi.ini,
+# TRACKER_NAME in the environment, create_app({...}).
+
+
+class Setting(NamedTuple):
+    """One setting: the type of its default is the type of its values."""
+
+    name: str
+    default: int | bool | str
+    unit: str  # "" where the value speaks for itself
+    help: str
+    least: int = 0  # the smallest number allowed
+
+
+class SettingsError(ValueError):
+    """A setting is unknown or has a bad value; one sentence for the operator."""
+
+
+SETTINGS = (
+    Setting("title", "BitBreeze", "", "name of the tracker on its pages"),
+    Setting("notice", "", "", "a sentence that clients show their users"),
+    Setting("data", "data", "folder", "where the peers are kept, relative to app.py"),
+    Setting("interval", 1800, "seconds", "between announces, a tenth more or less", 10),
+    Setting("min_interval", 300, "seconds", "between announces, at the least", 1),
+    Setting("peer_ttl", 4200, "seconds", "from its last announce a peer is kept", 20),
+    Setting("swarm_ttl", 7776000, "seconds", "an empty swarm's snatches are kept"),
+    Setting("numwant", 50, "peers", "in a reply unless the client says how many"),
+    Setting("max_numwant", 100, "peers", "in a reply at the most"),
+    Setting("max_swarms", 100000, "swarms", "in all at the most, 0 for any number"),
+    Setting("max_peers", 200000, "peers", "in a swarm at the most, 0 for any number"),
+    Setting(
+        "max_peers_per_address", 1000, "peers",
+        "in a swarm from one address (IPv6: one /64) at the most, 0 for any number",
+    ),
+    Setting("full_scrape", False, "", "answer a scrape of no torrent with all"),
+)  # fmt: skip
+
+Settings = namedtuple("Settings", [setting.name for setting in SETTINGS])
+
+
+def load_settings(overrides=None, environ=os.environ, ini=HERE / "wsgi.ini"):
+    """Return the Settings from all sources; raise SettingsError for a bad one."""
+    values = {setting.name: setting.default for setting in SETTINGS}
+    for source, given in (
+        (f"[tracker] in {ini}", _read_ini(ini)),
+        ("the environment", _read_environ(environ)),
+        ("create_app", overrides or {}),
+    ):
+        for name, value in given.items():
+            values[name] = _checked(name, value, source)
+    settings = Settings(**values)
+    _check_together(settings)
+    return settings
+
+
+def _read_ini(path):
+    # The file is uWSGI's too, whose sections may say the same key twice.
+    parser = configparser.ConfigParser(interpolation=None, strict=False)
+    parser.read(path, encoding="utf-8")
+    return dict(parser["tracker"]) if parser.has_section("tracker") else {}
+
+
+def _read_environ(environ):
+    prefix = "TRACKER_"
+    return {
+        n[len(prefix) :].lower(): v for n, v in environ.items() if n.startswith(prefix)
+    }
+
+
+def _checked(name, value, source):
+    for setting in SETTINGS:
+        if setting.name == name:
+            break
+    else:
+        known = ", ".join(setting.name for setting in SETTINGS)
+        raise SettingsError(f"{source} sets '{name}', which is not one of: {known}")
+    kind = type(setting.default)
+    try:
+        if isinstance(value, str) and kind is bool:
+            value = configparser.ConfigParser.BOOLEAN_STATES[value.strip().lower()]
+        elif isinstance(value, str):
+            value = kind(value.strip())
+        if type(value) is not kind or (kind is int and value < setting.least):
+            raise ValueError
+    except (KeyError, ValueError):
+        wanted = {bool: "yes or no", str: "text"}.get(
+            kind, f"a whole number of {setting.unit}, {setting.least} or more"
+        )
+        raise SettingsError(
+            f"{source} sets {name} to {value!r}, not {wanted}"
+        ) from None
+    return value
+
+
+def _check_together(settings):
+    # The interval that a client is told is a tenth more or less: see Tracker.announce.
+    shortest, longest = settings.interval * 9 // 10, settings.interval * 11 // 10
+    for is_wrong, sentence in (
+        (
+            settings.min_interval > shortest,
+            f"min_interval must be at most {shortest} seconds, nine tenths of interval",
+        ),
+        (
+            settings.peer_ttl <= longest,
+            f"peer_ttl must be more than {longest} seconds, eleven tenths of interval",
+        ),
+        (
+            settings.numwant > settings.max_numwant,
+            f"numwant must be at most max_numwant, {settings.max_numwant} peers",
+        ),
+    ):
+        if is_wrong:
+            raise SettingsError(sentence)
+
+
+# -- Errors ---------------------------------------------------------------------------
+
+
+class TrackerError(Exception):
+    """A request that is refused. Its text is the only one that reaches a client, so it
+    names the parameter and says what to do. Anything else raised is a fault of ours:
+    it is logged with its traceback, and the client reads "internal error"."""
+
+
+# -- Values ---------------------------------------------------------------------------
+
+
+class Announce(NamedTuple):
+    """What a client reports of itself in one swarm."""
+
+    info_hash: bytes  # 20 bytes
+    peer_id: bytes  # 20 bytes
+    address: bytes  # 4 or 16 bytes, taken from the connection
+    port: int  # 0 to 65535; 0 and 1 say that nobody can connect
+    left: int | None = None  # bytes still to download, 0 for a seeder, None for unknown
+    event: str = ""  # "", started, completed, stopped or paused
+    numwant: int = -1  # peers wanted, -1 for as many as the tracker likes
+    key: int = 0  # checksum of what ties a client's IPv4 and IPv6 announces, 0 for none
+    compact: bool = True
+    no_peer_id: bool = False
+
+
+class Counts(NamedTuple):
+    """How many are in a swarm; a partial seed is one of the leechers (BEP 21)."""
+
+    seeders: int
+    leechers: int
+    partial_seeds: int
+    snatches: int  # downloads ever completed
+
+
+class Peers(NamedTuple):
+    """Peers as three columns in the same order.
+
+    An endpoint is an address and a port, in network order; its port is zero where the
+    peer cannot be reached in that family. A whole column is empty where the peer that
+    asked cannot use that family.
+    """
+
+    ids: bytes  # 20 bytes a peer
+    endpoints4: bytes  # 6 bytes a peer
+    endpoints6: bytes  # 18 bytes a peer
+
+
+class Totals(NamedTuple):
+    """What the whole tracker holds."""
+
+    seeders: int
+    leechers: int
+    partial_seeds: int
+    snatches: int
+    swarms: int  # those with at least one peer
+
+
+# -- Requests -------------------------------------------------------------------------
+# Never through Flask's request.args: it decodes to text, and an info_hash is 20 bytes
+# of anything, so that %FF and the byte FF can no longer be told apart.
+
+_EVENTS = frozenset(("started", "completed", "stopped", "paused"))
+
+
+def parse_announce(environ):
+    """Return the Announce in a WSGI environ; raise TrackerError for a bad one (BEP 3).
+
+    Announced addresses (ip, ipv4, ipv6) are ignored: whoever could name another's
+    address could aim a swarm at it (BEP 7 discourages them for that).
+    """
+    query = environ.get("QUERY_STRING", "")
+    if query.count("info_hash=") > 1 and len(parse_scrape(environ)) > 1:
+        raise TrackerError(
+            "info_hash was sent more than once: announce one torrent at a time"
+        )
+    parameters = {}
+    for part in query.split("&"):
+        name, _, value = part.partition("=")
+        parameters[name] = value
+    info_hash = _info_hash(parameters.get("info_hash"))
+    peer_id = _bytes(parameters.get("peer_id", ""))
+    if len(peer_id) != 20:
+        raise TrackerError(f"peer_id must be 20 bytes, these are {len(peer_id)}")
+    event = parameters.get("event", "")
+    return Announce(
+        info_hash,
+        peer_id,
+        parse_address(environ.get("REMOTE_ADDR", "")),
+        _port(parameters.get("port", "")),
+        _left(parameters.get("left", "")),
+        event if event in _EVENTS else "",  # nobody is shut out for a new one
+        _numwant(parameters.get("numwant", "")),
+        # As it is sent: hex, decimal, or 8 bytes of anything by aria2. No more of it is
+        # kept than tells two clients apart.
+        zlib.crc32(parameters.get("key", "").encode("latin-1", "replace")),
+        parameters.get("compact") != "0",  # BEP 23: compact unless refused
+        parameters.get("no_peer_id") == "1",
+    )
+
+
+def parse_scrape(environ):
+    """Return the info_hashes (20 bytes each) a scrape asks for, [] for all (BEP 48)."""
+    parts = environ.get("QUERY_STRING", "").split("&")
+    return [_info_hash(part[10:]) for part in parts if part.startswith("info_hash=")]
+
+
+@lru_cache(maxsize=10000)
+def parse_address(text):
+    """Return an address as 4 or 16 bytes: 4 for IPv4 in IPv6, which clients drop."""
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        raise TrackerError(
+            f"this tracker cannot see your address: REMOTE_ADDR is {text!r}"
+        ) from None
+    return (getattr(address, "ipv4_mapped", None) or address).packed
+
+
+@lru_cache(maxsize=10000)
+def _info_hash(text):
+    if text is None:
+        raise TrackerError("info_hash is missing: this URL is for BitTorrent clients")
+    value = _bytes(text)
+    if len(value) == 20:
+        return value
+    if len(value) == 32 and not value.isalnum():
+        return value[:20]  # a whole v2 hash: trackers know the first 20 bytes (BEP 52)
+    hint = {40: ": is it hex?", 32: ": is it base32?"}.get(len(value), "")
+    raise TrackerError(f"info_hash must be 20 bytes, these are {len(value)}{hint}")
+
+
+def _bytes(text):
+    """Return the bytes that a value escapes; + is a space, as urlencode sends it."""
+    if "+" in text:
+        text = text.replace("+", " ")
+    raw = text.encode("latin-1", "replace")
+    return unquote_to_bytes(raw) if "%" in text else raw
+
+
+def _port(text):
+    if text.isdecimal() and len(text) < 9 and int(text) < 65536:
+        return int(text)
+    if text:
+        raise TrackerError("port must be a whole number from 0 to 65535")
+    return 0  # aria2 leaves it out when it has none
+
+
+def _left(text):
+    if text.isdecimal() and len(text) < 40:
+        return int(text)
+    if text and not text.startswith("-"):
+        raise TrackerError("left must be a whole number of bytes")
+    return None  # webtorrent sends it empty with a magnet link, or leaves it out
+
+
+def _numwant(text):
+    return int(text) if text.isdecimal() and len(text) < 10 else -1
+
+
+# -- Replies --------------------------------------------------------------------------
+# The only place that knows the names of the wire. Refusals are ordinary replies, with
+# HTTP status 200: on any other, clients discard the reason and come back in seconds.
+
+
+# An announce's reply is filled into a form: encoding a dictionary takes three times as
+# long.
+_FORM = (
+    bencoder.bencode(dict.fromkeys(
+        (b"complete", b"downloaded", b"incomplete", b"interval", b"min interval"), 0
+    ))[:-1].replace(b"i0e", b"i%de").replace(b"10:incomplete", b"%b10:incomplete")
+)  # fmt: skip
+_EXTERNAL_IP, _PEERS, _PEERS6, _WARNING = map(
+    bencoder.bencode, (b"external ip", b"peers", b"peers6", b"warning message")
+)
+
+
+def announce_reply(announce, counts, peers, interval, settings):
+    """Return the bencoded answer to an announce (BEP 3, 7, 23, 24)."""
+    reply = _FORM % (
+        *(counts.seeders, counts.snatches, _external_ip(announce.address)),
+        *(counts.leechers, interval, settings.min_interval),
+    )
+    if not announce.compact:
+        reply += _PEERS + bencoder.bencode(_peer_list(peers, announce.no_peer_id))
+    else:
+        endpoints = _with_ports(peers.endpoints4, 6)
+        reply += b"%b%d:%b" % (
+            _PEERS,
+            len(endpoints),
+            endpoints,
+        )  # rTorrent needs the key
+        if peers.endpoints6 or len(announce.address) == 16:
+            reply += _PEERS6 + bencoder.bencode(_with_ports(peers.endpoints6, 18))
+    if settings.notice:
+        reply += _WARNING + bencoder.bencode(settings.notice.encode())
+    return reply + b"e"
+
+
+def scrape_reply(files, settings):
+    """Return the bencoded answer to a scrape (BEP 48, 21).
+
+    ``files`` is Counts by info_hash.
+    """
+    reply = {
+        b"files": {info_hash: _scraped(counts) for info_hash, counts in files.items()}
+    }
+    reply[b"flags"] = {b"min_request_interval": settings.min_interval}
+    return bencoder.bencode(reply)
+
+
+def failure_reply(reason, settings):
+    """Return a bencoded refusal (BEP 31).
+
+    No client is known to read ``retry in`` (minutes); libtorrent, Transmission and
+    rTorrent wait for the intervals, so those come with it.
+    """
+    return bencoder.bencode({
+        b"failure reason": reason.encode(),
+        b"interval": settings.interval,
+        b"min interval": settings.min_interval,
+        b"retry in": max(1, settings.interval // 60),
+    })  # fmt: skip
+
+
+def _with_ports(column, width):
+    """Return a column of endpoints without those whose port is zero."""
+    if 0 not in column[width - 2 :: width]:  # no port below 256
+        return column
+    ends = range(width, len(column) + 1, width)
+    return b"".join(
+        [column[end - width : end] for end in ends if column[end - 2 : end] != b"\0\0"]
+    )
+
+
+def _peer_list(peers, no_peer_id):
+    """Return peers as dictionaries; one with two endpoints is there twice (BEP 7)."""
+    found = []
+    for i in range(len(peers.ids) // 20):
+        for column, width, family in (
+            (peers.endpoints4, 6, socket.AF_INET),
+            (peers.endpoints6, 18, socket.AF_INET6),
+        ):
+            endpoint = column[i * width : (i + 1) * width]
+            if endpoint[-2:] not in (b"", b"\0\0"):
+                ip = socket.inet_ntop(family, endpoint[:-2]).encode()
+                peer = {b"ip": ip, b"port": int.from_bytes(endpoint[-2:], "big")}
+                if not no_peer_id:
+                    peer[b"peer id"] = peers.ids[i * 20 : i * 20 + 20]
+                found.append(peer)
+    return found
+
+
+@lru_cache(maxsize=10000)
+def _external_ip(address):
+    """Return BEP 24's key and value; nothing for a private address, of no use there."""
+    if ipaddress.ip_address(address).is_global:
+        return _EXTERNAL_IP + bencoder.bencode(address)
+    return b""
+
+
+def _scraped(counts):
+    scraped = {
+        b"complete": counts.seeders,
+        b"downloaded": counts.snatches,
+        b"incomplete": counts.leechers,
+    }
+    if counts.partial_seeds:
+        scraped[b"downloaders"] = counts.leechers - counts.partial_seeds
+    return scraped
+
+
+# -- Store ----------------------------------------------------------------------------
+
+
+class Store:
+    """Who is in which swarm: what every store must do.
+
+    ``now`` is in seconds since 1970. A store forgets a peer's endpoint peer_ttl seconds
+    after the last announce that named it, and the peer with its last endpoint. Whatever
+    it has acknowledged, another process sees at once.
+    """
+
+    def announce(self, announce, wanted, now):
+        """Record what a peer says; return Counts and up to ``wanted`` Peers.
+
+        A peer is known by its peer_id and counts once, with an endpoint of each family.
+        It is never handed its own endpoints; a seeder is handed no seeders, unless the
+        endpoint is new: aria2 with a magnet link claims to have everything.
+        A completed download is counted once a peer, as a snatch.
+        Raise TrackerError when a limit is reached, or when a live peer announces from
+        another address with another key.
+        """
+        raise NotImplementedError
+
+    def scrape(self, info_hashes, now):
+        """Return Counts by info_hash, zeros for a swarm that is not known."""
+        raise NotImplementedError
+
+    def swarms(self, now):
+        """Yield (info_hash, Counts) of every swarm that has peers or snatches."""
+        raise NotImplementedError
+
+    def tidy(self, now):
+        """Do a little housekeeping when it is due: nobody else does it."""
+        raise NotImplementedError
+
+
+PAGE = 4096  # bytes: one block of a file system, one page of memory
+SLOTS = 70  # peers in a page: as many as fit
+CROWDED = 56  # peers in a page from which a newcomer may go to its second page
+FILL = 40  # peers a page, on average: so no page got full in growing to 200,000 peers
+SPARSE = 16  # peers a page, on average, below which pages are given back
+MAGIC = b"swrm\x01"  # with the version of the format
+QUIET, CHANGING, RETIRED = range(3)  # states of a swarm file
+PARTIAL, SNATCHED = 1, 2  # bits of a peer's state
+OPEN_AT_MOST = 512  # swarm files a process keeps open, of the 1024 it usually may
+
+
+class DamagedError(Exception):
+    """A file is not a whole swarm file of this version."""
+
+
+class RetiredError(Exception):
+    """A swarm file was dropped while its lock was waited for."""
+
+
+class Record(NamedTuple):
+    """A peer as a page keeps it."""
+
+    peer_id: bytes  # 20 bytes
+    key: int  # checksum of the client's key, 0 for none
+    state: int  # PARTIAL, SNATCHED
+    seen4: int  # seconds since 1970 of the last announce over IPv4, 0 for none
+    seen6: int
+    endpoint4: bytes  # 6 bytes: address and port, 0 for a port nobody can reach
+    endpoint6: bytes  # 18 bytes
+
+
+_PAGE_HEAD = struct.Struct("<5sBBBII")
+_SWARM_HEAD = struct.Struct("<20s8sIIIIQIIB")
+_HEADS = _PAGE_HEAD.size + _SWARM_HEAD.size
+_WHO = struct.Struct("<20sIBII")  # a Record without the endpoints
+_SEEN4_AT, _SEEN6_AT = 25, 29  # of that
+# Where in a page the three columns begin.
+_WHOS = PAGE - SLOTS * (_WHO.size + 6 + 18)
+_ENDS4 = _WHOS + SLOTS * _WHO.size
+_ENDS6 = _ENDS4 + SLOTS * 6
+# What is read of all slots at once.
+_IDS = struct.Struct("20s13x" * SLOTS)
+_SEEN = struct.Struct("<" + "25xII" * SLOTS)
+_ADDRESSES4 = struct.Struct("4s2x" * SLOTS)
+_PREFIXES6 = struct.Struct("8s10x" * SLOTS)
+
+
+class Page:
+    """Up to 70 peers in columns, the leechers first and then the seeders.
+
+    Columns make a reply a slice: any run of slots is a run of endpoints. A page knows
+    nothing of files; its bytes are laid out as FileStore says.
+    """
+
+    __slots__ = (
+        *("number", "data", "peers", "leechers", "partial_seeds", "oldest", "counted"),
+    )
+
+    def __init__(self, number, data):
+        """Read page ``number`` from 4096 bytes; raise DamagedError if it is not it."""
+        if len(data) != PAGE:
+            raise DamagedError(f"page {number} is cut short")
+        magic, self.peers, self.leechers, self.partial_seeds, stored, self.oldest = (
+            _PAGE_HEAD.unpack_from(data)
+        )
+        if magic != MAGIC or stored != number:
+            raise DamagedError(f"page {number} does not begin as one of format {MAGIC}")
+        if not self.partial_seeds <= self.leechers <= self.peers <= SLOTS:
+            raise DamagedError(f"page {number} counts its peers wrong")
+        self.number, self.data = number, data
+        # What the swarm's counts include of this page.
+        self.counted = self.peers, self.leechers, self.partial_seeds
+
+    @classmethod
+    def empty(cls, number):
+        """Return a new page."""
+        return cls(
+            number, _PAGE_HEAD.pack(MAGIC, 0, 0, 0, number, 0).ljust(PAGE, b"\0")
+        )
+
+    def counts(self):
+        """Return how many peers, leechers among them, and partial seeds among these."""
+        return self.peers, self.leechers, self.partial_seeds
+
+    def seal(self):
+        """Bring the head of ``data`` up to date, after changes."""
+        self.put(0, _PAGE_HEAD.pack(MAGIC, *self.counts(), self.number, self.oldest))
+
+    def put(self, at, data):
+        """Replace bytes in the head, which the swarm keeps in page 0."""
+        self.data = b"".join((self.data[:at], data, self.data[at + len(data) :]))
+
+    def _edited(self):
+        if isinstance(self.data, bytes):  # as most stay, which are only read
+            self.data = bytearray(self.data)
+        return self.data
+
+    def find(self, peer_id):
+        """Return the slot of a peer, or -1."""
+        stop = _WHOS + self.peers * _WHO.size
+        at = self.data.find(peer_id, _WHOS, stop)
+        while at > 0 and (at - _WHOS) % _WHO.size:  # by chance, across two others
+            at = self.data.find(peer_id, at + 1, stop)
+        return (at - _WHOS) // _WHO.size if at > 0 else -1
+
+    def __getitem__(self, slot):
+        data, at4, at6 = self.data, _ENDS4 + slot * 6, _ENDS6 + slot * 18
+        who = _WHO.unpack_from(data, _WHOS + slot * _WHO.size)
+        return Record(*who, data[at4 : at4 + 6], data[at6 : at6 + 18])
+
+    def __setitem__(self, slot, record):
+        data, at4, at6 = self._edited(), _ENDS4 + slot * 6, _ENDS6 + slot * 18
+        _WHO.pack_into(data, _WHOS + slot * _WHO.size, *record[:5])
+        data[at4 : at4 + 6], data[at6 : at6 + 18] = record[5:]
+
+    def add(self, record, seeder):
+        """Put a peer in, for which there must be room."""
+        slot = self.peers
+        self.peers += 1
+        if not seeder:
+            self[slot] = self[self.leechers]  # the first seeder goes behind the last
+            slot = self.leechers
+            self.leechers += 1
+            self.partial_seeds += record.state & PARTIAL
+        self[slot] = record
+        self.oldest = min(filter(None, (record.seen4, record.seen6, self.oldest)))
+
+    def remove(self, slot):
+        """Take a peer out and return its Record; no slot below ``slot`` changes."""
+        record = self[slot]
+        self.peers -= 1
+        if slot < self.leechers:
+            self.leechers -= 1
+            self.partial_seeds -= record.state & PARTIAL
+            self[slot] = self[self.leechers]
+            slot = self.leechers
+        self[slot] = self[self.peers]
+        return record
+
+    def forget(self, cutoff):
+        """Forget endpoints last seen before ``cutoff``, and peers left without one."""
+        seen = _SEEN.unpack_from(self.data, _WHOS)[: 2 * self.peers]
+        for slot in reversed(range(self.peers)):
+            seen4, seen6 = seen[2 * slot : 2 * slot + 2]
+            if max(seen4, seen6) < cutoff:
+                self.remove(slot)
+            elif 0 < seen4 < cutoff:
+                self[slot] = self[slot]._replace(endpoint4=bytes(6), seen4=0)
+            elif 0 < seen6 < cutoff:
+                self[slot] = self[slot]._replace(endpoint6=bytes(18), seen6=0)
+        self.oldest = min([at for at in seen if at >= cutoff], default=0)
+
+    def count_from(self, address):
+        """Return how many peers have an IPv4 address, or the /64 of an IPv6 one."""
+        if len(address) == 4:
+            sources = _ADDRESSES4.unpack_from(self.data, _ENDS4)
+        else:
+            sources = _PREFIXES6.unpack_from(self.data, _ENDS6)
+        return sources[: self.peers].count(address[:8])
+
+    def repeats(self, slot, announce):
+        """Return whether an announce says of a peer what is known already."""
+        _, key, state, _, _ = _WHO.unpack_from(self.data, _WHOS + slot * _WHO.size)
+        width = len(announce.address) + 2
+        at = (_ENDS4 if width == 6 else _ENDS6) + slot * width
+        seeder = _is_seeder(announce)
+        return (
+            key == announce.key
+            and self.data[at : at + width] == _endpoint(announce)
+            and seeder == (slot >= self.leechers)
+            and (state & PARTIAL) == (announce.event == "paused" and not seeder)
+            and announce.event not in ("completed", "stopped")
+        )
+
+    def endpoints(self, slot):
+        """Return a peer's endpoints, (IPv4, IPv6), b"" for a family it has not."""
+        at4, at6 = _ENDS4 + slot * 6, _ENDS6 + slot * 18
+        _, _, _, seen4, seen6 = _WHO.unpack_from(self.data, _WHOS + slot * _WHO.size)
+        return (
+            self.data[at4 : at4 + 6] if seen4 else b"",
+            self.data[at6 : at6 + 18] if seen6 else b"",
+        )
+
+    def pick(self, wanted, seeders_too, own, with_ids):
+        """Return at random up to ``wanted`` peers, as the columns of Peers.
+
+        They have a port in a family of the peer that asks, whose ``own`` endpoints are
+        left out.
+        """
+        data, (own4, own6) = self.data, own
+        pool = self.peers if seeders_too else self.leechers
+        ids = b"".join(_IDS.unpack_from(data, _WHOS)[:pool]) if with_ids else b""
+        ends4 = data[_ENDS4 : _ENDS4 + pool * 6] if own4 else b""
+        ends6 = data[_ENDS6 : _ENDS6 + pool * 18] if own6 else b""
+        # A zero there is a port below 256, or none. Without any, all can be reached.
+        if not (own4 and 0 not in ends4[4::6] or own6 and 0 not in ends6[16::18]):
+            ids, ends4, ends6, pool = _reachable(ids, ends4, ends6)
+        while (at := _find(ends4, own4)) >= 0 or (at := _find(ends6, own6)) >= 0:
+            ids = ids[: at * 20] + ids[at * 20 + 20 :]
+            ends4 = ends4[: at * 6] + ends4[at * 6 + 6 :]
+            ends6 = ends6[: at * 18] + ends6[at * 18 + 18 :]
+            pool -= 1
+        if pool <= wanted:
+            return ids, ends4, ends6
+        first = int(random() * pool)  # of a run that goes on at the front
+        last = first + wanted
+        return (
+            (ids + ids)[first * 20 : last * 20],
+            (ends4 + ends4)[first * 6 : last * 6],
+            (ends6 + ends6)[first * 18 : last * 18],
+        )
+
+
+def _find(column, endpoint):
+    """Return where an endpoint stands in a column, or -1."""
+    if not column:
+        return -1
+    at = column.find(endpoint)
+    while at > 0 and at % len(endpoint):  # by chance, across two others
+        at = column.find(endpoint, at + 1)
+    return at // len(endpoint)
+
+
+def _reachable(ids, ends4, ends6):
+    """Return the columns without those who have no port, and how many are left."""
+    ports4 = map(or_, ends4[4::6], ends4[5::6])
+    ports6 = map(or_, ends6[16::18], ends6[17::18])
+    slots = [i for i, ports in enumerate(zip_longest(ports4, ports6)) if any(ports)]
+    return (
+        b"".join([ids[i * 20 : i * 20 + 20] for i in slots]),
+        b"".join([ends4[i * 6 : i * 6 + 6] for i in slots]),
+        b"".join([ends6[i * 18 : i * 18 + 18] for i in slots]),
+        len(slots),
+    )
+
+
+class Swarm:
+    """An open swarm file. Every operation takes both its locks, and calls ``begin``."""
+
+    def __init__(self, path, info_hash, settings):
+        self.path, self.info_hash, self.settings = path, info_hash, settings
+        self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self.lock = Lock()  # between threads, as flock is between descriptors
+
+    def __del__(self):
+        if hasattr(self, "fd"):
+            os.close(self.fd)  # no sooner than the last thread that uses it is done
+
+    def is_at_path(self):
+        """Return whether the file is still the one at its path; it must be locked."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self.fd))
+        except FileNotFoundError:
+            return False
+
+    def begin(self, now):
+        """Read the first page; raise DamagedError or RetiredError if it is no use."""
+        self.now, self.loaded = now, {}
+        data = os.pread(self.fd, PAGE, 0)
+        self.first = Page(0, data) if data else self._new_first()
+        head = _SWARM_HEAD.unpack_from(self.first.data, _PAGE_HEAD.size)
+        info_hash, self.salt, self.pages, peers, leechers, partial_seeds = head[:6]
+        self.snatches, self.recount_at, self.emptied, self.state = head[6:]
+        self.tally = head[3:6] if self.pages > 1 else self.first.counted
+        if self.state == RETIRED:
+            raise RetiredError
+        if info_hash != self.info_hash or not self.pages or self.state > RETIRED:
+            raise DamagedError("its head is not that of this swarm")
+        if not partial_seeds <= leechers <= peers <= self.pages * SLOTS:
+            raise DamagedError("its head counts the peers wrong")
+        ttl = self.settings.peer_ttl
+        if 0 < self.first.oldest < now - ttl:
+            self._forget_expired(self.first)
+        is_due = self.pages > 1 and not now < self.recount_at <= now + ttl
+        if is_due or self.state == CHANGING:
+            self._recount()
+
+    def _new_first(self):
+        """Return the first page of a swarm that has only just got a file."""
+        page = Page.empty(0)
+        head = _SWARM_HEAD.pack(
+            self.info_hash, os.urandom(8), 1, 0, 0, 0, 0, 0, self.now, QUIET
+        )
+        page.data = (page.data[: _PAGE_HEAD.size] + head).ljust(PAGE, b"\0")
+        return page
+
+    # What is done with a swarm
+
+    def announce(self, announce, wanted):
+        """Record an announce; return (Counts, Peers), as Store.announce says."""
+        page, slot = self._locate(announce.peer_id)
+        if slot < 0:
+            if announce.event == "stopped":
+                return self.counts(), NOBODY
+            own, is_first = self._arrive(page, announce), True
+        elif page.repeats(slot, announce):
+            self._write_seen(page, slot, announce)
+            own, is_first = page.endpoints(slot), announce.event == "started"
+        else:
+            own, is_first = self._change(page, slot, announce)
+        if announce.event == "stopped" or not wanted:
+            return self.counts(), NOBODY
+        seeders_too = is_first or not _is_seeder(announce)
+        return self.counts(), self._choose(
+            wanted, seeders_too, own, not announce.compact
+        )
+
+    def _arrive(self, page, announce):
+        """Put a new peer in; return its endpoints, as Page.endpoints does."""
+        self._refuse_excess(page, announce.address)
+        page = self._page_with_room(announce.peer_id)
+        record = _updated(_ABSENT, announce, self.now)
+        self.snatches += record.state // SNATCHED
+        page.add(record, _is_seeder(announce))
+        self._save(page)
+        return page.endpoints(page.find(announce.peer_id))
+
+    def _change(self, page, slot, announce):
+        """Bring a peer up to date; return its endpoints, and whether one is new."""
+        old, seeder = page[slot], _is_seeder(announce)
+        if old.key and old.key != announce.key:
+            _refuse_stranger(old, announce)
+        new = _updated(old, announce, self.now)
+        # rTorrent may finish without ever saying so: its next announce has left=0.
+        if seeder and slot < page.leechers:
+            new = new._replace(state=new.state | SNATCHED)
+        self.snatches += (new.state & ~old.state) // SNATCHED
+        page.remove(slot)
+        if announce.event != "stopped":
+            page.add(new, seeder)
+        self._save(page)
+        is_first = (new.seen4 and not old.seen4) or (new.seen6 and not old.seen6)
+        own = new.endpoint4 if new.seen4 else b"", new.endpoint6 if new.seen6 else b""
+        return own, is_first or announce.event == "started"
+
+    def counts(self):
+        """Return the swarm's Counts."""
+        peers, leechers, partial_seeds = self.tally
+        return Counts(peers - leechers, leechers, partial_seeds, self.snatches)
+
+    def is_forgettable(self):
+        """Return whether nobody is in the swarm and nothing of it is worth keeping."""
+        kept = self.settings.swarm_ttl if self.snatches else 0
+        return not self.tally[0] and self.now >= self.emptied + kept
+
+    def retire(self):
+        """Tell all others who have the file open that it is not to be used any more."""
+        self._pwrite(bytes((RETIRED,)), _HEADS - 1)
+
+    def _choose(self, wanted, seeders_too, own, with_ids):
+        """Return up to ``wanted`` Peers, from a random page on; see Page.pick."""
+        ask = seeders_too, own, with_ids
+        if self.pages == 1:
+            return Peers(*self.first.pick(wanted, *ask))
+        number = self._random_page(wanted)
+        ids, ends4, ends6 = self._page(number).pick(wanted, *ask)
+        for _ in range(min(self.pages - 1, 1 + wanted // SPARSE)):
+            lacking = wanted - max(len(ends4) // 6, len(ends6) // 18)
+            if lacking:
+                number = (number + 1) % self.pages
+                more = self._page(number).pick(lacking, *ask)
+                ids, ends4, ends6 = ids + more[0], ends4 + more[1], ends6 + more[2]
+        return Peers(ids, ends4, ends6)
+
+    def _random_page(self, wanted):
+        """Return the number of a page, for few peers rather a full one's.
+
+        Else those who share a page with few would be handed out more often.
+        """
+        for _ in range(2 if wanted < FILL else 0):
+            number = int(random() * self.pages)
+            if random() * SLOTS < self._page(number).peers:
+                return number
+        return int(random() * self.pages)
+
+    def _refuse_excess(self, page, address):
+        """Raise TrackerError if the swarm, or an address in it, has too many peers.
+
+        In a swarm of several pages those of an address are estimated from one page: the
+        salted hash spreads them evenly, and three standard deviations are let pass.
+        """
+        most = self.settings.max_peers
+        if most and self.tally[0] >= most:
+            raise TrackerError(f"this swarm is full: it has {most} peers")
+        most = self.settings.max_peers_per_address
+        if not most or address[0] == 127 or address == _LOOPBACK6:
+            return
+        share = most / self.pages
+        if page.count_from(address) >= share + 3 * share**0.5 * (self.pages > 1):
+            raise TrackerError(f"your address has {most} peers in this swarm already")
+
+    # Where in the file a peer is
+
+    def _homes(self, peer_id):
+        """Return the numbers of the two pages a peer may be in (linear hashing).
+
+        The hash is salted, so that nobody can choose peer_ids that crowd one page.
+        """
+        if self.pages == 1:
+            return 0, 0
+        digest = blake2b(peer_id, key=self.salt, digest_size=8).digest()
+        whole = 1 << (self.pages - 1).bit_length()  # the next power of two
+        homes = [number % whole for number in struct.unpack("<II", digest)]
+        return [n if n < self.pages else n - whole // 2 for n in homes]
+
+    def _locate(self, peer_id):
+        """Return (page, slot) of a peer, or (one of its pages, -1)."""
+        if self.pages == 1:
+            return self.first, self.first.find(peer_id)
+        first, second = self._homes(peer_id)
+        page = self._page(first)
+        slot = page.find(peer_id)
+        if slot < 0 and second != first:
+            page = self._page(second)
+            slot = page.find(peer_id)
+        return page, slot
+
+    def _page_with_room(self, peer_id):
+        """Return the page to put a new peer in; the file grows as the swarm does."""
+        while True:
+            first, second = map(self._page, self._homes(peer_id))
+            is_better = first.peers >= CROWDED and second.peers < first.peers
+            page = second if is_better else first
+            is_dense = self.pages > 1 and self.tally[0] >= self.pages * FILL
+            if page.peers < SLOTS and not is_dense:
+                return page
+            self._split()
+
+    def _split(self):
+        """Add a page, and move there from one other who belongs there now."""
+        source = self._page(self.pages - (1 << self.pages.bit_length() - 1))
+        target = self.loaded[self.pages] = Page.empty(self.pages)
+        self.pages += 1
+        for slot in reversed(range(source.peers)):
+            if source.number not in self._homes(source[slot].peer_id):
+                is_seeder = slot >= source.leechers
+                target.add(source.remove(slot), is_seeder)
+        self._write(target)  # behind the last page, until the head counts it
+        with self._changing():
+            self._count(target)
+            self._save(source)
+
+    def _merge(self):
+        """Take the last page away, and move who is in it to where they belong then."""
+        self.pages -= 1
+        source, homes = self._page(self.pages), {}
+        for slot in reversed(range(source.peers)):
+            is_seeder = slot >= source.leechers
+            record = source.remove(slot)
+            page = min(map(self._page, self._homes(record.peer_id)), key=Page.counts)
+            page.add(record, is_seeder)
+            homes[page.number] = page
+        self._count(source)
+        for number in sorted(homes, reverse=True):
+            self._save(homes[number])  # page 0 last: with it goes the number of pages
+
+    # What is in the file
+
+    def _page(self, number):
+        """Return a page, without those in it that have expired."""
+        page = self.loaded.get(number) if number else self.first
+        if page is None:
+            page = Page(number, os.pread(self.fd, PAGE, number * PAGE))
+            self.loaded[number] = page
+            self._forget_expired(page)
+        return page
+
+    def _forget_expired(self, page):
+        cutoff = self.now - self.settings.peer_ttl
+        if 0 < page.oldest < cutoff:
+            page.forget(cutoff)
+            self._save(page)
+
+    def _recount(self):
+        """Look at all pages: forget, count, and give back pages that are not needed.
+
+        After a kill a peer may stand in two pages: it stays in one where it belongs.
+        """
+        is_torn, met = self.state == CHANGING, set()
+        self.state = QUIET
+        with self._changing():
+            tally = 0, 0, 0
+            for number in range(self.pages):
+                self.loaded.clear()  # not all pages at a time
+                page = self._page(number)
+                if is_torn and self._remove_strays(page, met):
+                    self._save(page)
+                tally = [a + b for a, b in zip(tally, page.counts(), strict=True)]
+            self.tally = tally
+            while self.pages > 1 and self.tally[0] < self.pages * SPARSE:
+                self._merge()
+            self.recount_at = self.now + self.settings.peer_ttl // 16
+        self.loaded.clear()
+        os.ftruncate(self.fd, self.pages * PAGE)
+
+    def _remove_strays(self, page, met):
+        """Remove who is in the wrong page, or was ``met``; return whether any was."""
+        before = page.peers
+        for slot in reversed(range(page.peers)):
+            peer_id = bytes(page[slot].peer_id)
+            if peer_id in met or page.number not in self._homes(peer_id):
+                page.remove(slot)
+            else:
+                met.add(peer_id)
+        return page.peers < before
+
+    def _count(self, page):
+        """Take into the swarm's counts what has changed in a page."""
+        changes = zip(self.tally, page.counts(), page.counted, strict=True)
+        self.tally = [max(0, total + new - old) for total, new, old in changes]
+        page.counted = page.counts()
+
+    def _save(self, page):
+        """Write a changed page, and the head if the counts change with it."""
+        self._count(page)
+        if (
+            page is self.first
+            or self._head() == self.first.data[_PAGE_HEAD.size : _HEADS]
+        ):
+            self._write(page)
+        else:
+            with self._changing():
+                self._write(page)
+
+    @contextmanager
+    def _changing(self):
+        """Have the head say that pages and counts differ while several are written.
+
+        If we are killed meanwhile, whoever opens the file next counts anew.
+        """
+        if self.state == CHANGING:
+            yield
+            return
+        self.state = CHANGING
+        self._write_head()
+        yield
+        self.state = QUIET
+        self._write_head()
+
+    def _write(self, page):
+        """Write a page, and with page 0 the head.
+
+        A page is one write: after a kill, the file has all of it or nothing.
+        """
+        if page is self.first:
+            page.put(_PAGE_HEAD.size, self._head())
+        page.seal()
+        self._pwrite(page.data, page.number * PAGE)
+
+    def _write_head(self):
+        head = self._head()
+        self.first.put(_PAGE_HEAD.size, head)
+        self._pwrite(head, _PAGE_HEAD.size)
+
+    def _write_seen(self, page, slot, announce):
+        """Write that a peer is still there, which is all that most announces say."""
+        family = _SEEN4_AT if len(announce.address) == 4 else _SEEN6_AT
+        at = page.number * PAGE + _WHOS + slot * _WHO.size + family
+        self._pwrite(self.now.to_bytes(4, "little"), at)
+
+    def _head(self):
+        self.emptied = 0 if self.tally[0] else self.emptied or self.now
+        return _SWARM_HEAD.pack(
+            *(self.info_hash, self.salt, self.pages, *self.tally),
+            *(self.snatches, self.recount_at, self.emptied, self.state),
+        )
+
+    def _pwrite(self, data, at):
+        if os.pwrite(self.fd, data, at) != len(data):
+            raise OSError(errno.ENOSPC, "a swarm file could not be written in full")
+
+
+NOBODY, NOTHING = Peers(b"", b"", b""), Counts(0, 0, 0, 0)
+_ABSENT = Record(b"", 0, 0, 0, 0, bytes(6), bytes(18))
+_LOOPBACK6 = bytes(15) + b"\1"
+
+
+def _is_seeder(announce):
+    return announce.left == 0 or (
+        announce.left is None and announce.event == "completed"
+    )
+
+
+def _endpoint(announce):
+    # Ports 0 and 1 mean that nobody can connect: libtorrent says 1 behind a proxy.
+    return announce.address + (announce.port if announce.port > 1 else 0).to_bytes(
+        2, "big"
+    )
+
+
+def _refuse_stranger(record, announce):
+    """Raise TrackerError if an announce with another key has another address, too.
+
+    The key is what tells a client that has moved from somebody else (BEP 7).
+    """
+    endpoint = record.endpoint4 if len(announce.address) == 4 else record.endpoint6
+    if endpoint[:-2] != announce.address:
+        raise TrackerError("peer_id is in use with another key: restart your client")
+
+
+def _updated(old, announce, now):
+    """Return a peer's Record as an announce leaves it."""
+    state = old.state & SNATCHED
+    if announce.event == "completed":
+        state |= SNATCHED
+    if announce.event == "paused" and not _is_seeder(announce):
+        state |= PARTIAL  # BEP 21
+    known = old._replace(peer_id=announce.peer_id, key=announce.key, state=state)
+    if len(announce.address) == 4:
+        return known._replace(seen4=now, endpoint4=_endpoint(announce))
+    return known._replace(seen6=now, endpoint6=_endpoint(announce))
+
+
+class FileStore(Store):
+    """Peers in one file a swarm, opened and locked for one operation at a time.
+
+    The file system is the dictionary: a swarm is the file swarms/ab/abcd... that its
+    info_hash names, flock on it is the swarm's lock, and removing it forgets the swarm.
+    Nothing is kept in memory but open files, so it is the same how many threads or
+    processes serve, or for how long.
+
+    A swarm file is pages of 4096 bytes, numbers little-endian. Every page:
+
+        offset  bytes
+             0      5  "swrm" and the version of the format, 1
+             5      3  peers, leechers among them, partial seeds among these
+             8      4  number of this page
+            12      4  seconds since 1970: no endpoint here was last seen before
+            16     61  page 0 only: the head of the swarm
+           106   2310  70 times peer_id 20, key 4, state 1, seen on IPv4 4, on IPv6 4
+          2416    420  70 IPv4 endpoints
+          2836   1260  70 IPv6 endpoints
+
+    The head of the swarm:
+
+            16     20  info_hash
+            36      8  salt of the hash that says which pages a peer may be in
+            44      4  pages in use; what is behind them does not count
+            48     12  peers, leechers, partial seeds
+            60      8  snatches
+            68      4  when to recount at the latest, if there are several pages
+            72      4  since when nobody is in the swarm, or 0
+            76      1  0 quiet, 1 changing, 2 retired
+
+    Up to 70 peers share one page with the head. Then the file grows a page at a time
+    (linear hashing), and a peer is in one of two pages that its hashed peer_id names:
+    an announce touches a handful of pages, however large the swarm.
+
+    Guarantees: a process killed at any moment loses nothing that was acknowledged. A
+    change is one write inside one page, or is marked "changing", so that whoever comes
+    next counts anew. A damaged file is moved to damaged/ and logged, and its swarm
+    starts afresh. Limits: the file system must have flock; a power cut may lose the
+    last seconds, as nothing waits for the disk; seconds are good until 2106.
+
+    swarms.count holds the number of swarm files, 8 bytes, under a lock of its own.
+    """
+
+    def __init__(self, folder, settings):
+        """Keep peers under ``folder``, which the first announce makes."""
+        self.folder = str(folder)
+        self.settings = settings
+        self._tidied, self._next = 0, int(random() * 256)
+        self._open = {}  # Swarms by info_hash
+        self._opened, self._process = 0, None  # since when, and by whom
+
+    def announce(self, announce, wanted, now):
+        info_hash, is_new = announce.info_hash, announce.event != "stopped"
+        found = self._visit(info_hash, now, is_new, Swarm.announce, announce, wanted)
+        return found or (NOTHING, NOBODY)
+
+    def scrape(self, info_hashes, now):
+        return {
+            info_hash: self._visit(info_hash, now, False, Swarm.counts) or NOTHING
+            for info_hash in info_hashes
+        }
+
+    def swarms(self, now):
+        before, found = self._count_swarms(), 0
+        for fan in range(256):
+            for swarm in self._walk(fan, now):
+                found += 1
+                yield swarm
+        # A kill may have left the number wrong; if nobody used it meanwhile, mend it.
+        self._count_swarms(lambda number: found if number == before else number)
+
+    def tidy(self, now):
+        """Look through one of the 256 folders, at most every ten seconds."""
+        if abs(now - self._tidied) >= 10:
+            self._tidied, self._next = now, (self._next + 1) % 256
+            for _ in self._walk(self._next, now):
+                pass
+
+    def _walk(self, fan, now):
+        """Yield (info_hash, Counts) of the swarms in a folder; remove what is over."""
+        try:
+            names = os.listdir(f"{self.folder}/swarms/{fan:02x}")
+        except FileNotFoundError:
+            return
+        for name in names:
+            if len(name) == 40:
+                info_hash = bytes.fromhex(name)
+                counts = self._visit(info_hash, now, False, self._count_or_remove)
+                if counts:
+                    yield info_hash, counts
+
+    def _count_or_remove(self, swarm):
+        if not swarm.is_forgettable():
+            return swarm.counts()
+        swarm.retire()
+        return self._remove(swarm)
+
+    def _visit(self, info_hash, now, create, work, *arguments):
+        """Return what ``work(swarm, *arguments)`` does with a swarm locked.
+
+        Return None if there is no such swarm, unless it is to be created.
+        """
+        if not 0 <= now - self._opened < 10 or self._process != os.getpid():
+            self._open, self._opened, self._process = {}, now, os.getpid()
+        for _ in range(100):  # others may drop or damage the file before it is locked
+            swarm = self._open.get(info_hash) or self._open_swarm(info_hash, create)
+            if swarm is None:
+                return None
+            with swarm.lock:
+                fcntl.flock(swarm.fd, fcntl.LOCK_EX)
+                try:
+                    swarm.begin(now)
+                    return work(swarm, *arguments)
+                except RetiredError:
+                    self._remove(swarm)
+                except DamagedError as error:
+                    self._set_aside(swarm, error)
+                finally:
+                    fcntl.flock(swarm.fd, fcntl.LOCK_UN)
+        raise OSError(errno.EIO, "the swarm file does not stay usable")
+
+    def _open_swarm(self, info_hash, create):
+        """Open a swarm file, and keep it open; return None if there is none."""
+        name = info_hash.hex()
+        path = f"{self.folder}/swarms/{name[:2]}/{name}"
+        if len(self._open) >= OPEN_AT_MOST:
+            self._open = {}
+        while True:
+            try:
+                swarm = self._open[info_hash] = Swarm(path, info_hash, self.settings)
+                return swarm
+            except FileNotFoundError:
+                if not create:
+                    return None
+                self._create(path)
+
+    def _create(self, path):
+        """Make an empty swarm file; raise TrackerError if there are too many."""
+        for folder in (self.folder, os.path.dirname(path)):
+            os.makedirs(folder, 0o700, exist_ok=True)
+
+        def make(number):
+            if 0 < self.settings.max_swarms <= number:
+                raise TrackerError(
+                    f"this tracker is full: it tracks {number} torrents already"
+                )
+            try:
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+            except FileExistsError:
+                return number
+            return number + 1
+
+        self._count_swarms(make)
+
+    def _remove(self, swarm):
+        """Remove the file of a retired swarm, unless that is done."""
+        self._open.pop(swarm.info_hash, None)
+        if swarm.is_at_path():
+            os.unlink(swarm.path)
+            self._count_swarms(lambda number: number - 1)
+
+    def _set_aside(self, swarm, error):
+        """Move a damaged file out of the way, unless that is done."""
+        self._open.pop(swarm.info_hash, None)
+        if not swarm.is_at_path():
+            return
+        aside = f"{self.folder}/damaged/{swarm.info_hash.hex()}"
+        os.makedirs(os.path.dirname(aside), 0o700, exist_ok=True)
+        swarm.retire()  # others may have it open, and not see what is wrong with it
+        os.replace(swarm.path, aside)
+        self._count_swarms(lambda number: number - 1)
+        log.error(
+            "swarm file %s was damaged: %s. It is kept as %s", swarm.path, error, aside
+        )
+
+    def _count_swarms(self, change=lambda number: number):
+        """Replace the number of swarm files by change(number), locked; return it."""
+        try:
+            fd = os.open(
+                f"{self.folder}/swarms.count",
+                os.O_RDWR | os.O_CREAT | os.O_CLOEXEC,
+                0o600,
+            )
+        except FileNotFoundError:
+            return 0  # there is no data folder yet
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            number = int.from_bytes(os.pread(fd, 8, 0), "little")
+            changed = max(0, change(number))
+            if changed != number:
+                os.pwrite(fd, changed.to_bytes(8, "little"), 0)
+            return changed
+        finally:
+            os.close(fd)
+
+
+# -- Tracker --------------------------------------------------------------------------
+
+
+class Tracker:
+    """Announce and scrape over a store. No sockets, no HTTP; ``now`` is an argument."""
+
+    def __init__(self, settings, store):
+        self.settings, self.store = settings, store
+        self._totals, self._totals_until = None, (0, 0)
+
+    def announce(self, announce, now):
+        """Return (Counts, Peers, seconds to wait); raise TrackerError if refused."""
+        settings = self.settings
+        wanted = min(announce.numwant, settings.max_numwant)
+        if wanted < 0:
+            wanted = settings.numwant
+        counts, peers = self.store.announce(announce, wanted, now)
+        self.store.tidy(now)
+        # A tenth more or less, so that those who came together do not return together.
+        return counts, peers, int(settings.interval * (0.9 + 0.2 * random()))
+
+    def scrape(self, info_hashes, now):
+        """Return Counts by info_hash; of all swarms for none, if that is allowed."""
+        if info_hashes:
+            return self.store.scrape(info_hashes, now)
+        if not self.settings.full_scrape:
+            raise TrackerError(
+                "info_hash is missing: this tracker does not list its torrents"
+            )
+        return dict(self.store.swarms(now))
+
+    def totals(self, now):
+        """Return the Totals: exact, and kept for a second per thousand swarms.
+
+        Counting looks into every swarm, ten microseconds each: so it never takes more
+        than a hundredth of the time, and in a small tracker every look is a new one.
+        """
+        start, end = self._totals_until
+        if not start <= now < end:
+            swarms = [counts for _, counts in self.store.swarms(now)]
+            alive = sum(1 for counts in swarms if counts.seeders or counts.leechers)
+            self._totals = Totals(
+                *map(sum, zip(Counts(0, 0, 0, 0), *swarms, strict=True)), alive
+            )
+            self._totals_until = now, now + len(swarms) // 1000
+        return self._totals
+
+
+# -- Pages ----------------------------------------------------------------------------
+# Announce and scrape are answered here, at the WSGI door, before Flask has made a
+# request of them: that would cost more than the whole announce. Pages go through Flask.
+
+PAGE_HTML = """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{ settings.title }}</title>
+<style>
+  body { font: 1rem/1.5 system-ui, sans-serif; max-width: 40rem; margin: auto;
+         padding: 1rem 1rem 3rem }
+  h1 { line-height: 1.2; overflow-wrap: anywhere }
+  code { display: block; padding: .75rem; border: 1px solid #8888; border-radius: .4rem;
+         overflow-wrap: anywhere; user-select: all }
+  dl { display: grid; gap: 1rem;
+       grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)) }
+  dl div { border-top: 3px solid #2a7ae2; padding-top: .5rem }
+  dt { color: #767676 }
+  dd { margin: 0; font-size: 1.75rem; font-variant-numeric: tabular-nums }
+  .notice { border-left: 3px solid #d08700; padding-left: .75rem }
+  footer { color: #767676; margin-top: 2rem }
+</style>
+<h1>{{ settings.title }}</h1>
+{% if settings.notice %}<p class="notice">{{ settings.notice }}</p>{% endif %}
+<p>This is a BitTorrent tracker: it tells those who share a torrent of one another.
+It holds no files. It is open: any torrent that is announced here is tracked.</p>
+<h2>Announce URL</h2>
+<code>{{ announce_url }}</code>
+<p>Give this URL to your client when you make a torrent, or add it to the trackers of
+one you have.</p>
+<h2>Now</h2>
+<dl>
+  {% for name in ("seeders", "leechers", "swarms") -%}
+  <div><dt>{{ name }}</dt><dd>{{ "{:,}".format(totals[name]) }}</dd></div>
+  {% endfor %}
+</dl>
+<footer>BitBreeze.
+<a href="{{ url_for("pages.stats") }}">The numbers as JSON</a></footer>
+</html>
+"""
+
+pages = Blueprint("pages", __name__)
+
+
+@pages.get("/")
+def front():
+    """The front page: the announce URL, and how much is going on."""
+    tracker = current_app.tracker
+    return render_template_string(
+        PAGE_HTML,
+        settings=tracker.settings,
+        announce_url=f"{request.url_root}announce",
+        totals=tracker.totals(int(time.time()))._asdict(),
+    )
+
+
+@pages.get("/stats.json")
+def stats():
+    """The numbers of the front page, for programs on any site."""
+    totals = current_app.tracker.totals(int(time.time()))
+    return totals._asdict(), {"Access-Control-Allow-Origin": "*"}
+
+
+class BitBreeze(Flask):
+    """The application, and the door at which announce and scrape are answered."""
+
+    def __init__(self, settings):
+        super().__init__(__name__, static_folder=None)
+        self.tracker = Tracker(settings, FileStore(HERE / settings.data, settings))
+        self.register_blueprint(pages)
+
+    def wsgi_app(self, environ, start_response):
+        # The end of the path decides: hosts differ in how much of a prefix they cut.
+        path = environ["PATH_INFO"]
+        answer = _ANSWERS.get(path) or _ANSWERS.get(
+            "/" + path.rstrip("/").rpartition("/")[2]
+        )
+        if answer is None:
+            return super().wsgi_app(environ, start_response)
+        headers = [("Content-Type", "text/plain; charset=iso-8859-1")]
+        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            start_response("405 Method Not Allowed", [*headers, ("Allow", "GET, HEAD")])
+            return [b"Clients announce and scrape with GET.\n"]
+        body = self._answer(answer, environ)
+        start_response("200 OK", [*headers, ("Content-Length", str(len(body)))])
+        return [body] if environ["REQUEST_METHOD"] == "GET" else []
+
+    def _answer(self, answer, environ):
+        """Return the reply to an announce or a scrape, or why there is none."""
+        try:
+            return answer(self.tracker, environ, int(time.time()))
+        except TrackerError as refusal:
+            return failure_reply(str(refusal), self.tracker.settings)
+        except Exception:
+            log.exception("%s failed", environ["PATH_INFO"])
+            return failure_reply("internal error", self.tracker.settings)
+
+
+def _answer_announce(tracker, environ, now):
+    announce = parse_announce(environ)
+    return announce_reply(announce, *tracker.announce(announce, now), tracker.settings)
+
+
+def _answer_scrape(tracker, environ, now):
+    return scrape_reply(tracker.scrape(parse_scrape(environ), now), tracker.settings)
+
+
+_ANSWERS = {
+    "/announce": _answer_announce,
+    "/announce.php": _answer_announce,  # BitStorm's
+    "/scrape": _answer_scrape,
+    "/scrape.php": _answer_scrape,
+}
+
+
+def create_app(overrides=None):
+    """Return the WSGI application; ``overrides`` are settings that win over all."""
+    if not has_level_handler(log):
+        log.addHandler(default_handler)
+    return BitBreeze(load_settings(overrides))
+
+
+def paste_app(global_config, **local_config):
+    """Return the application to PasteDeploy, for gunicorn --paste wsgi.ini."""
+    return app
+
+
+# -- Commands -------------------------------------------------------------------------
+
+
+@click.command()
+@click.option(
+    "--host", default="", help="Address to listen on.  [default: all, IPv4 and IPv6]"
+)
+@click.option("--port", default=6969, show_default=True, help="TCP port to listen on.")
+@click.option(
+    "--workers",
+    default=max(2, min(os.cpu_count() or 2, 8)),
+    show_default=True,
+    help="Processes that answer, of 8 threads each.",
+)
+def serve(host, port, workers):
+    """Serve with gunicorn until Ctrl-C: what app.py does unless told otherwise."""
+    folder = app.tracker.store.folder
+    try:
+        os.makedirs(folder, 0o700, exist_ok=True)
+        open(f"{folder}/swarms.count", "ab").close()
+    except OSError as error:
+        raise click.ClickException(
+            f"peers cannot be kept in {folder}: {error.strerror}."
+            " Set TRACKER_DATA to another folder."
+        ) from None
+    try:
+        listener = _listen(host, port)
+    except OSError as error:
+        raise click.ClickException(
+            f"cannot listen on port {port}: {error.strerror}."
+            " Choose another with --port, or an address with --host."
+        ) from None
+    click.echo(_greeting(host, port, folder), err=True)
+    module = Path(__file__).stem
+    os.execv(sys.executable, [
+        sys.executable, "-m", "gunicorn", f"{module}:app", "--chdir", str(HERE),
+        "--bind", f"fd://{listener.detach()}",
+        "--workers", str(workers), "--threads", "8",
+        "--limit-request-line", "8190",  # Transmission scrapes in up to 4,300 bytes
+        # Ctrl-C reaches the workers twice, and one in ten of gunicorn 27's then hangs.
+        "--graceful-timeout", "5",
+        "--no-control-socket", "--log-level", "warning",
+    ])  # fmt: skip
+
+
+def _listen(host, port):
+    """Return a socket for gunicorn, which cannot bind one for IPv4 and IPv6."""
+    if not host and socket.has_dualstack_ipv6():
+        listener = socket.create_server(
+            ("", port), family=socket.AF_INET6, dualstack_ipv6=True
+        )
+    else:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family)
+    listener.set_inheritable(True)
+    return listener
+
+
+def _greeting(host, port, folder):
+    """Return what the operator reads at the start."""
+    return f"""\
+BitBreeze serves this tracker until Ctrl-C:
+  announce URL  http://{_own_name(host)}:{port}/announce
+  front page    http://{_own_name(host)}:{port}/
+  peers are in  {folder}"""
+
+
+def _own_name(host):
+    """Return an address of this machine to put into a URL."""
+    if host:
+        return f"[{host}]" if ":" in host else host
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(
+                ("192.0.2.1", 9)
+            )  # sends nothing: it only asks for the way out
+            return probe.getsockname()[0]
+        except OSError:
+            return "localhost"
+
+
+def main(arguments):
+    """Run a command of app.py; without the name of one, ``serve``."""
+    if not arguments or arguments[0] not in (*app.cli.commands, "--help"):
+        arguments = ["serve", *arguments]
+    app.cli.main(arguments, prog_name="app.py")
+
+
+try:
+    app = application = create_app()  # each host wants one of the two names
+except SettingsError as error:
+    if __name__ == "__main__":
+        sys.exit(f"app.py: {error}")
+    raise
+app.cli.add_command(serve)
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

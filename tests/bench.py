@@ -1,0 +1,243 @@
+#!/usr/bin/env python3
+"""Put BitBreeze beside other trackers, under one announce workload, in one run.
+
+    python tests/bench.py [--seconds 5] [--rounds 5] [--dir FOLDER]
+
+Prints, as medians over the rounds, announces per second, CPU time per announce of the
+whole process tree (user and system), and that as a ratio to opentracker's; then what
+the store alone costs in swarms of 60 and of 100,000. Rounds go A B C A B C, so that a
+drift of the machine hits all. Quote the ratios, of one run.
+
+Needs wrk (Debian's package), and psutil and pyuwsgi as tests/run installs them. The
+others take part if they are installed: Debian's opentracker and qbittorrent-nox.
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import bencoder
+import psutil
+
+HERE = Path(__file__).resolve().parent
+SWARMS, PEERS = 500, 60
+EMPTY = """
+def app(environ, start_response):
+    start_response("200 OK", [("Content-Length", "400")])
+    return [b"x" * 400]
+"""
+QBITTORRENT = """[LegalNotice]
+Accepted=true
+[BitTorrent]
+TrackerEnabled=true
+Session\\DHTEnabled=false
+Session\\LSDEnabled=false
+Session\\PeXEnabled=false
+Session\\Interface=lo
+Session\\InterfaceName=lo
+[Network]
+PortForwardingEnabled=false
+[Preferences]
+Advanced\\trackerPort={port}
+Connection\\UPnP=false
+WebUI\\Port={web}
+WebUI\\Address=127.0.0.1
+"""
+
+
+def uwsgi(port, folder, module):
+    program = Path(sys.executable).with_name("uwsgi")
+    return [
+        *(
+            program,
+            "--chdir",
+            folder,
+            "--module",
+            module,
+            "--master",
+            "--processes",
+            "2",
+        ),
+        *("--http-socket", f"127.0.0.1:{port}", "--buffer-size", "32768"),
+        *("--disable-logging", "--die-on-term"),
+    ]
+
+
+def commands(folder, hashes):
+    """Return the command of every tracker that is installed, by its name and port."""
+    (folder / "empty.py").write_text(EMPTY)
+    found = {("bitbreeze", 7101): uwsgi(7101, HERE.parent, "app:app")}
+    found["an empty WSGI application", 7102] = uwsgi(7102, folder, "empty:app")
+    if shutil.which("opentracker"):
+        jail = folder / "opentracker"
+        jail.mkdir()
+        shutil.copy(hashes, jail / "allow.txt")
+        for path in (folder, jail):
+            path.chmod(0o755)  # it serves as nobody
+        found["opentracker", 7103] = [
+            *("opentracker", "-i", "127.0.0.1", "-p", "7103", "-P", "7103"),
+            *("-d", jail, "-u", "nobody", "-w", "allow.txt"),
+        ]
+    if shutil.which("qbittorrent-nox"):
+        config = folder / "qbittorrent/qBittorrent/config/qBittorrent.conf"
+        config.parent.mkdir(parents=True)
+        config.write_text(QBITTORRENT.format(port=7104, web=7105))
+        found["qbittorrent", 7104] = [
+            "qbittorrent-nox",
+            f"--profile={folder}/qbittorrent",
+        ]
+    return found
+
+
+def info_hashes(folder):
+    """Write the info_hashes of one-piece torrents, and return the file's path."""
+    path = folder / "hashes.txt"
+    infos = [{b"length": 1, b"name": b"bench-%d.iso" % i} for i in range(SWARMS)]
+    hashes = [
+        hashlib.sha1(bencoder.bencode(info)).hexdigest().upper() for info in infos
+    ]
+    path.write_text("\n".join(hashes) + "\n")
+    return path
+
+
+class Tracker:
+    """A tracker that serves, from one command, until ``stop``."""
+
+    def __init__(self, name, port, command, folder):
+        environ = {**os.environ, "TRACKER_DATA": str(folder / "data")}
+        with open(folder / "log.txt", "ab") as log:
+            self.process = subprocess.Popen(
+                list(map(str, command)),
+                env=environ, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        deadline = time.monotonic() + 20
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                sys.exit(f"{name} does not serve:\n{(folder / 'log.txt').read_text()}")
+            time.sleep(0.1)
+
+    def cpu(self):
+        root = psutil.Process(self.process.pid)
+        times = [each.cpu_times() for each in (root, *root.children(recursive=True))]
+        return sum(each.user + each.system for each in times)
+
+    def stop(self):
+        os.killpg(self.process.pid, signal.SIGTERM)
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def wrk(port, seconds, hashes, **environ):
+    """Announce for some seconds; return (announces, announces per second)."""
+    known = {"HASHES": str(hashes), "SWARMS": str(SWARMS), "PEERS": str(PEERS)}
+    script = ["-s", HERE / "announce.lua", f"http://127.0.0.1:{port}/"]
+    out = subprocess.run(
+        ["wrk", "-t1", "-c32", f"-d{seconds}", *script],
+        env={**os.environ, **known, **environ},
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    if "Non-2xx" in out:
+        sys.exit(out)
+    announces = int(re.search(r"(\d+) requests in", out)[1])
+    return announces, float(re.search(r"Requests/sec: +([\d.]+)", out)[1])
+
+
+def compare(folder, seconds, rounds):
+    hashes = info_hashes(folder)
+    trackers = commands(folder, hashes)
+    results = {key: [] for key in trackers}
+    for _ in range(rounds):
+        for (name, port), command in trackers.items():
+            tracker = Tracker(name, port, command, folder)
+            wrk(port, 6, hashes, WARM="1", CLOSE="0")
+            before = tracker.cpu()
+            announces, rate = wrk(port, seconds, hashes, CLOSE="1")
+            cpu = 1e6 * (tracker.cpu() - before) / announces
+            tracker.stop()
+            results[name, port].append((cpu, rate))
+    medians = {
+        name: [statistics.median(column) for column in zip(*rows, strict=True)]
+        for (name, _), rows in results.items()
+    }
+    reference = medians.get("opentracker", medians["bitbreeze"])[0]
+    print("| tracker | announces/s | CPU µs an announce | to opentracker's |")
+    print("| --- | --- | --- | --- |")
+    for name, (cpu, rate) in sorted(medians.items(), key=lambda item: item[1]):
+        print(f"| {name} | {rate:,.0f} | {cpu:.0f} | {cpu / reference:.2f} |")
+
+
+def store_alone(folder, rounds):
+    """Print what an announce costs in the store, in small swarms and in a big one."""
+    sys.path.insert(0, str(HERE.parent))
+    import random
+
+    import app as bitbreeze
+
+    store = bitbreeze.FileStore(folder / "alone", bitbreeze.load_settings())
+    rnd, now = random.Random(1), 1_800_000_000
+
+    def announces(swarms, peers):
+        hashes = [rnd.randbytes(20) for _ in range(swarms)]
+        return [
+            bitbreeze.Announce(
+                hashes[number % swarms], b"-TR4040-%012d" % number,
+                b"\x0a" + number.to_bytes(3, "big"), 1024 + number % 60000,
+                0 if number // swarms % 3 == 0 else 1000, key=7,
+            )
+            for number in range(swarms * peers)
+        ]  # fmt: skip
+
+    def cost(known):
+        sample = rnd.choices(known, k=5000)
+        start = time.process_time()
+        for announce in sample:
+            store.announce(announce, 50, now)
+        return 1e6 * (time.process_time() - start) / len(sample)
+
+    sizes = {(500, 60): [], (1, 100_000): []}
+    known = {size: announces(*size) for size in sizes}
+    for size in sizes:
+        for announce in known[size]:
+            store.announce(announce, 50, now)
+    for _ in range(4 * rounds):
+        for size in sizes:
+            sizes[size].append(cost(known[size]))
+    small, big = (statistics.median(costs) for costs in sizes.values())
+    print(
+        f"\nThe store alone: {small:.1f} µs in swarms of 60, {big:.1f} µs in one",
+        end=" ",
+    )
+    print(f"of 100,000: {big / small:.2f} times as much.")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", default=5, type=int)
+    parser.add_argument("--rounds", default=5, type=int)
+    parser.add_argument("--dir", default=HERE, help="where the data is kept meanwhile")
+    given = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="bench-", dir=given.dir)).resolve()
+    try:
+        compare(folder, given.seconds, given.rounds)
+        store_alone(folder, given.rounds)
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What several test files share: an application of its own for every test."""
+
+import os
+import sys
+from pathlib import Path
+
+import bencoder
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+for name in [name for name in os.environ if name.startswith("TRACKER_")]:
+    del os.environ[name]  # before app reads them: tests say themselves what they set
+
+import app as bitbreeze  # noqa: E402
+
+NOW = 1_800_000_000
+
+
+@pytest.fixture
+def settings():
+    return make_settings()
+
+
+@pytest.fixture
+def tracker(tmp_path):
+    """A function that makes an application with settings, and returns its Client."""
+
+    def make(**overrides):
+        return Client(
+            bitbreeze.create_app({"data": str(tmp_path / "data"), **overrides})
+        )
+
+    return make
+
+
+def make_settings(**overrides):
+    """Return Settings as they are by default, but for ``overrides``."""
+    return bitbreeze.load_settings(overrides, environ={}, ini=os.devnull)
+
+
+class Client:
+    """Announces and scrapes at the WSGI door, and returns decoded replies."""
+
+    def __init__(self, app):
+        self.app = app
+
+    def get(self, path, query="", address="192.0.2.1", method="GET"):
+        """Return (status, headers, body) of one request, ``query`` as it is sent."""
+        said = []
+        environ = {
+            "REQUEST_METHOD": method,
+            "PATH_INFO": path,
+            "QUERY_STRING": query,
+            "REMOTE_ADDR": address,
+            "SERVER_NAME": "tracker.test",
+            "SERVER_PORT": "80",
+            "SERVER_PROTOCOL": "HTTP/1.1",
+            "wsgi.url_scheme": "http",
+            "wsgi.errors": sys.stderr,
+        }
+        body = b"".join(self.app(environ, lambda *answer: said.extend(answer)))
+        return said[0], dict(said[1]), body
+
+    def announce(self, peer=1, info_hash=b"h" * 20, address="192.0.2.1", **parameters):
+        """Announce peer number ``peer`` on port 1000 + peer, and return the reply."""
+        query = {"peer_id": peer_id(peer), "port": 1000 + peer, "left": 1, **parameters}
+        return self.ask("/announce", {"info_hash": info_hash, **query}, address)
+
+    def scrape(self, *info_hashes):
+        query = "&".join("info_hash=" + escape(info_hash) for info_hash in info_hashes)
+        return bencoder.bdecode(self.get("/scrape", query)[2])
+
+    def ask(self, path, parameters, address="192.0.2.1"):
+        query = "&".join(
+            f"{name}={escape(value)}" for name, value in parameters.items()
+        )
+        status, _, body = self.get(path, query, address)
+        assert status == "200 OK"
+        return bencoder.bdecode(body)
+
+
+def escape(value):
+    """Return a value as it stands in a query, every byte of it escaped."""
+    raw = value if isinstance(value, bytes) else str(value).encode()
+    return (
+        "".join(f"%{byte:02x}" for byte in raw)
+        if isinstance(value, bytes)
+        else raw.decode()
+    )
+
+
+def peer_id(number):
+    return b"-BB0001-%012d" % number
+
+
+def endpoints(packed, width=6):
+    """Return the endpoints in a compact reply, as a list of bytes."""
+    return [packed[i : i + width] for i in range(0, len(packed), width)]

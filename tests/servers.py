@@ -1,0 +1,152 @@
+"""Helpers to run the tracker under a real server, and to talk to it as clients do."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+import bencoder
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+LONGEST_QUERY = "8190"  # bytes that gunicorn is told to take in a request line
+
+
+class Server:
+    """A tracker that runs in a process group of its own, and what it printed."""
+
+    def __init__(self, command, port, env):
+        self.port, self.url = port, f"http://127.0.0.1:{port}"
+        self.output = tempfile.TemporaryFile()
+        kept = {n: v for n, v in os.environ.items() if not n.startswith("TRACKER_")}
+        self.process = subprocess.Popen(
+            [str(part) for part in command],
+            cwd=ROOT,
+            env={**kept, "PYTHONUNBUFFERED": "1", **env},
+            stdin=subprocess.DEVNULL,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def log(self):
+        """Return all that was written to stdout and stderr so far."""
+        size = os.fstat(self.output.fileno()).st_size
+        return os.pread(self.output.fileno(), size, 0).decode(errors="replace")
+
+    def workers(self):
+        """Return the pids of all processes below the one that was started."""
+        try:
+            children = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+        return [child.pid for child in children]
+
+    def wait_until_ready(self, seconds=20):
+        """Return when the tracker answers; raise RuntimeError if it does not."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.process.poll() is None:
+            with suppress(OSError, ValueError):
+                with urlopen(f"{self.url}/stats.json", timeout=5) as response:
+                    json.load(response)
+                    return
+            time.sleep(0.02)
+        raise RuntimeError(f"the server did not start, and says:\n{self.log()}")
+
+    def signal(self, number):
+        """Send a signal to all processes of the server."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def stop(self):
+        """End the server: kindly, and after ten seconds by force."""
+        self.signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+        self.signal(signal.SIGKILL)
+        self.process.wait(10)
+
+
+def free_port():
+    """Return a port to listen on, below those that the system gives to connections."""
+    while True:
+        # Not random.randrange: a test run may seed it alike in all its processes.
+        port = random.SystemRandom().randrange(10000, 32000)
+        with suppress(OSError), _listening(port):
+            return port
+
+
+def _listening(port):
+    if socket.has_dualstack_ipv6():
+        both = {"family": socket.AF_INET6, "dualstack_ipv6": True}
+        return socket.create_server(("", port), **both)
+    return socket.create_server(("", port))
+
+
+@contextmanager
+def serving(command, port, env):
+    """Run a server in the project's folder; yield it as soon as it answers."""
+    server = Server(command, port, env)
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.stop()
+        server.output.close()
+
+
+def gunicorn(port, workers=2, threads=4):
+    """Return the command that serves with gunicorn."""
+    command = [sys.executable, "-m", "gunicorn", "app:app", "-b", f"127.0.0.1:{port}"]
+    command += ["--workers", workers, "--threads", threads]
+    return [*command, "--limit-request-line", LONGEST_QUERY, "--no-control-socket"]
+
+
+def uwsgi(port):
+    """Return the command that serves with uWSGI as wsgi.ini says, but for the port."""
+    program = Path(sys.executable).with_name("uwsgi")
+    return [program, "--set-placeholder", f"port={port}", "wsgi.ini"]
+
+
+def announce_path(info_hash, peer_id, port, **parameters):
+    """Return the path and query of an announce."""
+    known = {"info_hash": info_hash, "peer_id": peer_id, "port": port}
+    return "/announce?" + urlencode({**known, **parameters})
+
+
+def scrape_path(*info_hashes):
+    """Return the path and query of a scrape."""
+    return "/scrape?" + urlencode([("info_hash", i) for i in info_hashes])
+
+
+def announce(url, info_hash, peer_id, port, **parameters):
+    """Return the decoded reply to an announce."""
+    return _decoded(url + announce_path(info_hash, peer_id, port, **parameters))
+
+
+def scrape(url, *info_hashes):
+    """Return the decoded reply to a scrape."""
+    return _decoded(url + scrape_path(*info_hashes))
+
+
+def _decoded(url):
+    with urlopen(url, timeout=20) as response:
+        return bencoder.bdecode(response.read())
+
+
+def poll(check, seconds, what):
+    """Return the first true value of ``check()``; fail when it has none in time."""
+    deadline = time.monotonic() + seconds
+    while not (value := check()):
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
+    return value

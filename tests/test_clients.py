@@ -1,0 +1,165 @@
+"""Real transfers: clients that know of one another by nothing but the tracker.
+
+libtorrent seeds, and libtorrent and aria2 download, on loopback and with every other
+way to find peers turned off.
+"""
+
+import hashlib
+import os
+import random
+import shutil
+import subprocess
+from contextlib import contextmanager
+
+import libtorrent
+import pytest
+from servers import free_port, gunicorn, poll, scrape, serving, uwsgi
+
+PAYLOAD = random.Random(1).randbytes(600_000)
+CHECKSUM = hashlib.sha256(PAYLOAD).hexdigest()
+KINDS = {
+    "v1": libtorrent.create_torrent.v1_only,
+    "v2": libtorrent.create_torrent.v2_only,
+    "hybrid": 0,
+}
+ALONE = (
+    libtorrent.torrent_flags.disable_dht
+    | libtorrent.torrent_flags.disable_lsd
+    | libtorrent.torrent_flags.disable_pex
+)
+
+
+@pytest.fixture(params=[gunicorn, uwsgi], ids=["gunicorn", "uwsgi"])
+def server(request, tmp_path):
+    port = free_port()
+    env = {"TRACKER_DATA": str(tmp_path / "data")}
+    with serving(request.param(port), port, env) as server:
+        yield server
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_libtorrent_downloads_from_libtorrent(server, tmp_path, kind):
+    info = make_torrent(tmp_path / "seed", server.url, KINDS[kind])
+    (tmp_path / "leech").mkdir()
+    with session() as seeding, session() as leeching:
+        add(seeding, info, tmp_path / "seed")
+        poll(lambda: seeded(server, info), 20, "the seeder's announce")
+        leecher = add(leeching, info, tmp_path / "leech")
+        poll(lambda: leecher.status().is_seeding, 30, "the download")
+        check_payload(tmp_path / "leech" / "payload")
+        poll(lambda: snatched(server, info), 20, "the news that it is complete")
+
+
+def test_aria2_downloads_from_a_magnet_link(server, tmp_path):
+    program = aria2()
+    info = make_torrent(tmp_path / "seed", server.url, KINDS["v1"])
+    magnet = f"magnet:?xt=urn:btih:{info.info_hash()}&tr={server.url}/announce"
+    with session() as seeding:
+        add(seeding, info, tmp_path / "seed")
+        poll(lambda: seeded(server, info), 20, "the seeder's announce")
+        ended = subprocess.run(
+            [program, *ARIA2_OPTIONS, f"--listen-port={free_port()}", magnet],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    check_payload(tmp_path / "payload")
+
+
+ARIA2_OPTIONS = (
+    "--no-conf",
+    "--enable-dht=false",
+    "--enable-dht6=false",
+    "--bt-enable-lpd=false",
+    "--enable-peer-exchange=false",
+    "--bt-stop-timeout=40",
+    "--seed-time=0",
+    "--file-allocation=none",
+    "--summary-interval=0",
+)
+
+
+def aria2():
+    """Return the path of aria2c; skip the test without it, or fail where CI is set."""
+    program = shutil.which("aria2c")
+    if program:
+        return program
+    reason = "aria2c IS NOT INSTALLED: the download from a magnet link is NOT tested"
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+
+
+@contextmanager
+def session():
+    """Yield a libtorrent session that finds peers by trackers only."""
+    settings = {
+        "listen_interfaces": f"127.0.0.1:{free_port()}",
+        "enable_dht": False,
+        "enable_lsd": False,
+        "enable_upnp": False,
+        "enable_natpmp": False,
+        "allow_multiple_connections_per_ip": True,
+        "stop_tracker_timeout": 1,
+        "alert_mask": 0,
+    }
+    session = libtorrent.session(settings)
+    yield session
+    for torrent in session.get_torrents():
+        session.remove_torrent(torrent)
+
+
+def make_torrent(folder, url, flags):
+    """Put the payload into a new folder, and return the torrent_info for it."""
+    folder.mkdir()
+    (folder / "payload").write_bytes(PAYLOAD)
+    files = libtorrent.list_files(str(folder / "payload"))
+    torrent = libtorrent.create_torrent(files, 16384, flags)
+    torrent.add_tracker(f"{url}/announce")
+    libtorrent.set_piece_hashes(torrent, str(folder))
+    return libtorrent.torrent_info(torrent.generate())
+
+
+def add(session, info, folder):
+    """Start a torrent in a session, and return its handle."""
+    parameters = libtorrent.add_torrent_params()
+    parameters.ti, parameters.save_path = info, str(folder)
+    parameters.flags &= ~libtorrent.torrent_flags.paused
+    parameters.flags |= ALONE
+    return session.add_torrent(parameters)
+
+
+def hashes(info):
+    """Return the 20 bytes by which trackers know a torrent, of a hybrid twice."""
+    both = info.info_hashes()
+    found = [both.v1.to_bytes()] if both.has_v1() else []
+    return found + ([both.v2.to_bytes()[:20]] if both.has_v2() else [])
+
+
+def scraped(server, info):
+    files = scrape(server.url, *hashes(info))[b"files"]
+    return [files[info_hash] for info_hash in hashes(info)]
+
+
+def seeded(server, info):
+    """Return whether the tracker counts one seeder in each swarm of a torrent."""
+    return all(file[b"complete"] == 1 for file in scraped(server, info))
+
+
+def snatched(server, info):
+    """Return whether the tracker counts a second seeder, who has downloaded it all.
+
+    For a hybrid, one swarm is enough: libtorrent tells the other only later when it is
+    done before the other has answered its first announce.
+    """
+    done = [(file[b"complete"], file[b"downloaded"]) for file in scraped(server, info)]
+    return (2, 1) in done
+
+
+def check_payload(path):
+    """Fail unless the payload is at a path, where it may still be written."""
+
+    def check():
+        return hashlib.sha256(path.read_bytes()).hexdigest() == CHECKSUM
+
+    poll(check, 10, "the payload with the right checksum")

@@ -1,0 +1,188 @@
+"""Commands: python app.py and what it says, and every server the tracker runs under."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from urllib.request import urlopen
+
+import pytest
+from servers import (
+    LONGEST_QUERY,
+    ROOT,
+    announce,
+    free_port,
+    gunicorn,
+    poll,
+    scrape,
+    serving,
+    uwsgi,
+)
+
+APP = [sys.executable, "app.py"]
+HASHES = [bytes((number,)) * 20 for number in range(130, 190)]
+PEER = b"-COMMAND-a client---"
+
+
+def has_ipv6():
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_app_serves_until_it_is_interrupted(tmp_path):
+    port = free_port()
+    with serving([*APP, "--port", port], port, data(tmp_path)) as server:
+        assert f":{port}/announce" in server.log()
+        assert str(tmp_path / "data") in server.log()
+        check_answers(server)
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(10) == 0
+        poll(lambda: not server.workers(), 10, "the end of the workers")
+        assert "Traceback" not in server.log()
+
+
+def test_app_ends_when_ctrl_c_reaches_all_its_processes(tmp_path):
+    port = free_port()
+    with serving([*APP, "--port", port], port, data(tmp_path)) as server:
+        server.signal(signal.SIGINT)
+        assert server.process.wait(10) == 0
+        assert "Traceback" not in server.log()
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_app_answers_over_ipv4_and_ipv6(tmp_path):
+    port = free_port()
+    with serving([*APP, "--port", port], port, data(tmp_path)):
+        for url in (f"http://127.0.0.1:{port}", f"http://[::1]:{port}"):
+            announce(url, HASHES[0], PEER, 7000, left=0)
+        asked = announce(f"http://[::1]:{port}", HASHES[0], PEER[::-1], 7001, left=1)
+        assert asked[b"complete"] == 1
+        assert asked[b"peers6"] == bytes(15) + b"\1" + (7000).to_bytes(2, "big")
+
+
+def test_app_listens_where_it_is_told(tmp_path):
+    port = free_port()
+    command = [*APP, "--host", "127.0.0.1", "--port", port, "--workers", 3]
+    with serving(command, port, data(tmp_path)) as server:
+        assert f"http://127.0.0.1:{port}/announce" in server.log()
+        poll(lambda: len(server.workers()) == 3, 10, "three workers")
+        if has_ipv6():
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("::1", port))
+
+
+def test_help_names_the_commands_and_options():
+    assert "serve" in run("--help").stdout
+    ended = run("serve", "--help")
+    assert ended.returncode == 0
+    for option in ("--host", "--port", "--workers", "6969"):
+        assert option in ended.stdout
+
+
+def test_a_port_that_is_taken(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = run("--port", port, TRACKER_DATA=tmp_path / "data")
+    check_sentence(ended, f"port {port}")
+
+
+def test_a_data_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "data"
+    ended = run("--port", free_port(), TRACKER_DATA=folder)
+    check_sentence(ended, str(folder))
+    assert "TRACKER_DATA" in ended.stderr
+
+
+@pytest.mark.parametrize("value", ["30m", "-1", ""])
+def test_a_bad_setting(value):
+    check_sentence(run(TRACKER_INTERVAL=value), "interval")
+
+
+def test_a_setting_that_does_not_exist():
+    check_sentence(run(TRACKER_INTERVALL="30"), "intervall")
+
+
+@pytest.mark.parametrize("options", [["--port", "many"], ["--nothing"], ["nothing"]])
+def test_bad_options(options, tmp_path):
+    ended = run(*options, TRACKER_DATA=tmp_path / "data")
+    assert ended.returncode == 2
+    assert "Error: " in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def paste(port):
+    """Return the command that serves with gunicorn as wsgi.ini says."""
+    command = [sys.executable, "-m", "gunicorn", "--paste", "wsgi.ini"]
+    command += ["-b", f"127.0.0.1:{port}", "--no-control-socket"]
+    return [*command, "--limit-request-line", LONGEST_QUERY]
+
+
+def flask(port):
+    """Return the command that serves with Flask's own server."""
+    return [sys.executable, "-m", "flask", "--app", "app", "run", "--port", port]
+
+
+@pytest.mark.parametrize("command", [gunicorn, paste, uwsgi, flask])
+def test_servers_serve(command, tmp_path):
+    port = free_port()
+    with serving(command(port), port, data(tmp_path)) as server:
+        check_answers(server)
+        assert "Traceback" not in server.log()
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_uwsgi_serves_ipv4_and_ipv6(tmp_path):
+    port = free_port()
+    with serving(uwsgi(port), port, data(tmp_path)) as server:
+        reply = announce(f"http://[::1]:{port}", HASHES[0], PEER, 7000, left=0)
+        assert reply[b"complete"] == 1
+        assert announce(server.url, HASHES[0], PEER, 7000, left=0)[b"complete"] == 1
+
+
+def test_uwsgi_serves_on_6969_unless_told_otherwise():
+    settings = [line.strip() for line in (ROOT / "wsgi.ini").read_text().splitlines()]
+    assert "port = 6969" in settings
+    assert "http-socket = %(host):%(port)" in settings
+
+
+def check_answers(server):
+    """Fail unless a server answers announces, a scrape of 60, and the front page."""
+    announce(server.url, HASHES[7], PEER, 7000, left=0)
+    reply = announce(server.url, HASHES[7], PEER[::-1], 7001, left=1)
+    assert reply[b"peers"] == b"\x7f\0\0\1" + (7000).to_bytes(2, "big")
+    files = scrape(server.url, *HASHES)[b"files"]
+    assert set(files) == set(HASHES)
+    assert files[HASHES[7]][b"complete"] == files[HASHES[7]][b"incomplete"] == 1
+    with urlopen(server.url, timeout=20) as response:
+        assert b"/announce" in response.read()
+
+
+def data(folder):
+    return {"TRACKER_DATA": str(folder / "data")}
+
+
+def run(*options, **settings):
+    """Run app.py until it ends by itself; return how it ended."""
+    kept = {n: v for n, v in os.environ.items() if not n.startswith("TRACKER_")}
+    return subprocess.run(
+        [*APP, *map(str, options)],
+        cwd=ROOT,
+        env={**kept, **{name: str(value) for name, value in settings.items()}},
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+
+
+def check_sentence(ended, part):
+    """Fail unless a command ended with one line that says what is wrong."""
+    assert ended.returncode not in (0, None)
+    assert part in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1
+    assert not ended.stdout

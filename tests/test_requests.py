@@ -1,0 +1,167 @@
+"""Requests: what clients send, as values, or as a refusal that says what to do."""
+
+from urllib.parse import quote, urlencode
+
+import pytest
+from conftest import peer_id
+from hypothesis import given
+from hypothesis import strategies as st
+
+import app as bitbreeze
+
+HASH = bytes(range(0x75, 0x89))  # with and without need to be escaped
+GOOD = {"info_hash": HASH, "peer_id": peer_id(1), "port": 6881, "left": 1}
+
+
+def environ(query, address="192.0.2.1"):
+    return {"QUERY_STRING": query, "REMOTE_ADDR": address}
+
+
+def parse(address="192.0.2.1", **changes):
+    given = {**GOOD, **changes}
+    query = urlencode(
+        {n: v for n, v in given.items() if v is not None}, quote_via=quote
+    )
+    return bitbreeze.parse_announce(environ(query, address))
+
+
+def test_announce_of_libtorrent():
+    announce = bitbreeze.parse_announce(environ(
+        "info_hash=%0a%ffabc%26%3d%2b%25%00klmnopqrs-&peer_id=-LT2110-abc%ff%20'!*().~"
+        "&port=6881&uploaded=0&downloaded=0&left=16384&corrupt=0&key=0F3A5C77&event=started"
+        "&numwant=200&compact=1&no_peer_id=1&supportcrypto=1&redundant=0&ip=10.0.0.1&ipv6=::1"
+    ))  # fmt: skip
+    assert announce.info_hash == b"\x0a\xffabc&=+%\x00klmnopqrs-"
+    assert announce.peer_id == b"-LT2110-abc\xff '!*().~"
+    assert announce.address == bytes((192, 0, 2, 1))
+    assert announce[3:7] == (6881, 16384, "started", 200)
+    assert announce[8:] == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "sent", "field", "expected"),
+    [
+        ("port", "65535", "port", 65535),
+        ("port", "0", "port", 0),
+        ("port", "", "port", 0),
+        ("port", None, "port", 0),
+        ("left", "0", "left", 0),
+        ("left", "", "left", None),
+        ("left", None, "left", None),
+        ("left", "-1", "left", None),
+        ("left", str(2**63 - 1), "left", 2**63 - 1),
+        ("left", str(2**32), "left", 2**32),
+        ("event", "started", "event", "started"),
+        ("event", "completed", "event", "completed"),
+        ("event", "stopped", "event", "stopped"),
+        ("event", "paused", "event", "paused"),
+        ("event", "empty", "event", ""),
+        ("event", "resumed", "event", ""),
+        ("event", "", "event", ""),
+        ("numwant", "7", "numwant", 7),
+        ("numwant", "0", "numwant", 0),
+        ("numwant", "-1", "numwant", -1),
+        ("numwant", "many", "numwant", -1),
+        ("numwant", "", "numwant", -1),
+        ("numwant", str(2**63), "numwant", -1),
+        ("compact", "0", "compact", False),
+        ("compact", "1", "compact", True),
+        ("compact", "", "compact", True),
+        ("no_peer_id", "1", "no_peer_id", True),
+        ("no_peer_id", "0", "no_peer_id", False),
+    ],
+)
+def test_parameters(parameter, sent, field, expected):
+    assert getattr(parse(**{parameter: sent}), field) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"info_hash": None},
+            "info_hash is missing: this URL is for BitTorrent clients",
+        ),
+        ({"info_hash": b"x" * 19}, "info_hash must be 20 bytes, these are 19"),
+        (
+            {"info_hash": b"a" * 40},
+            "info_hash must be 20 bytes, these are 40: is it hex?",
+        ),
+        (
+            {"info_hash": b"A" * 32},
+            "info_hash must be 20 bytes, these are 32: is it base32?",
+        ),
+        ({"peer_id": None}, "peer_id must be 20 bytes, these are 0"),
+        ({"peer_id": b"x" * 21}, "peer_id must be 20 bytes, these are 21"),
+        ({"port": "68.81"}, "port must be a whole number from 0 to 65535"),
+        ({"port": "65536"}, "port must be a whole number from 0 to 65535"),
+        ({"port": "-1"}, "port must be a whole number from 0 to 65535"),
+        ({"port": "9" * 5000}, "port must be a whole number from 0 to 65535"),
+        ({"left": "all"}, "left must be a whole number of bytes"),
+        ({"left": "9" * 5000}, "left must be a whole number of bytes"),
+        ({"address": ""}, "this tracker cannot see your address: REMOTE_ADDR is ''"),
+    ],
+)
+def test_refusals_name_the_parameter(changes, reason):
+    with pytest.raises(bitbreeze.TrackerError) as refusal:
+        parse(**changes)
+    assert str(refusal.value) == reason
+
+
+def test_info_hash_twice_is_refused():
+    query = urlencode({**GOOD, "event": ""}) + "&info_hash=" + quote(b"y" * 20)
+    with pytest.raises(bitbreeze.TrackerError, match="more than once"):
+        bitbreeze.parse_announce(environ(query))
+
+
+def test_whole_v2_hash_is_truncated():
+    assert parse(info_hash=bytes(range(200, 232))).info_hash == bytes(range(200, 220))
+
+
+def test_key_tells_clients_apart():
+    keys = [parse(key=key).key for key in (None, "0F3A5C77", "-123", b"\xff" * 8)]
+    assert keys[0] == 0
+    assert len(set(keys)) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "packed"),
+    [
+        ("192.0.2.1", bytes((192, 0, 2, 1))),
+        ("::ffff:192.0.2.1", bytes((192, 0, 2, 1))),
+        ("2001:db8::1", bytes.fromhex("20010db8") + bytes(11) + b"\1"),
+        ("fe80::1%eth0", bytes.fromhex("fe80") + bytes(13) + b"\1"),
+    ],
+)
+def test_addresses(text, packed):
+    assert bitbreeze.parse_address(text) == packed
+
+
+@given(
+    st.binary(min_size=20, max_size=20), st.sampled_from(["%02x", "%02X"]), st.data()
+)
+def test_any_hash_survives_any_escaping(info_hash, form, data):
+    def written(byte):
+        must = byte in b"%&+# =" or byte < 33 or byte == 127
+        if must or data.draw(st.booleans()):
+            return "%" + form % byte if byte != 32 or data.draw(st.booleans()) else "+"
+        return chr(byte)  # raw, as WSGI hands it on
+
+    query = "info_hash=" + "".join(map(written, info_hash)) + "&peer_id=" + "p" * 20
+    assert bitbreeze.parse_announce(environ(query)).info_hash == info_hash
+
+
+def test_scrape_takes_many_hashes():
+    hashes = [bytes((i,)) * 20 for i in range(70)]
+    query = "&".join("info_hash=" + quote(info_hash) for info_hash in hashes)
+    assert bitbreeze.parse_scrape(environ(query)) == hashes
+    assert bitbreeze.parse_scrape(environ("")) == []
+
+
+@given(st.text(st.characters(max_codepoint=255)))
+def test_any_query_is_a_value_or_a_refusal(query):
+    for parser in (bitbreeze.parse_announce, bitbreeze.parse_scrape):
+        try:
+            parser(environ(query))
+        except bitbreeze.TrackerError as refusal:
+            assert str(refusal)

@@ -1,0 +1,90 @@
+"""Settings: where they come from, what they may be, and that README has them all."""
+
+from pathlib import Path
+
+import pytest
+from conftest import make_settings
+
+import app as bitbreeze
+
+README = Path(bitbreeze.__file__).with_name("README.md")
+
+
+def load(tmp_path, ini="", environ=None, overrides=None):
+    path = tmp_path / "wsgi.ini"
+    path.write_text(ini)
+    return bitbreeze.load_settings(overrides, environ or {}, path)
+
+
+def test_later_sources_win(tmp_path):
+    ini = "[tracker]\ntitle = ini\ninterval = 1000\nnumwant = 10\n"
+    environ = {
+        "TRACKER_TITLE": "environment",
+        "TRACKER_INTERVAL": "2000",
+        "PATH": "/bin",
+    }
+    settings = load(tmp_path, ini, environ, {"title": "call"})
+    assert settings[:1] + settings[3:4] == ("call", 2000)
+    assert (settings.numwant, settings.max_numwant) == (10, 100)
+
+
+def test_foreign_sections_are_left_alone(tmp_path):
+    ini = "[uwsgi]\nendif = a\nendif = %d\n[tracker]\ntitle = 100%\n"
+    assert load(tmp_path, ini).title == "100%"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("interval", "1800", 1800),
+        ("interval", " 1800 ", 1800),
+        ("interval", 900, 900),
+        ("max_swarms", "0", 0),
+        ("full_scrape", "yes", True),
+        ("full_scrape", "Off", False),
+        ("full_scrape", True, True),
+        ("title", "Ünser Tracker", "Ünser Tracker"),
+    ],
+)
+def test_values(name, value, expected):
+    assert getattr(make_settings(**{name: value}), name) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"intervall": 5}, "intervall"),
+        ({"interval": "30m"}, "'30m', not a whole number of seconds, 10 or more"),
+        ({"interval": "-1"}, "not a whole number of seconds"),
+        ({"interval": 1}, "10 or more"),
+        ({"interval": True}, "not a whole number"),
+        ({"full_scrape": "perhaps"}, "not yes or no"),
+        ({"title": 5}, "not text"),
+        ({"min_interval": 1700}, "min_interval must be at most 1620 seconds"),
+        ({"peer_ttl": 1980}, "peer_ttl must be more than 1980 seconds"),
+        ({"numwant": 200}, "numwant must be at most max_numwant, 100 peers"),
+    ],
+)
+def test_bad_settings_are_refused(given, sentence):
+    with pytest.raises(bitbreeze.SettingsError) as refusal:
+        make_settings(**given)
+    assert sentence in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_unknown_names_are_refused_everywhere(tmp_path):
+    with pytest.raises(
+        bitbreeze.SettingsError, match=r"\[tracker\] in .*wsgi.ini sets 'x'"
+    ):
+        load(tmp_path, "[tracker]\nx = 1\n")
+    with pytest.raises(bitbreeze.SettingsError, match="the environment sets 'x'"):
+        load(tmp_path, environ={"TRACKER_X": "1"})
+
+
+@pytest.mark.parametrize(
+    "setting", bitbreeze.SETTINGS, ids=lambda setting: setting.name
+)
+def test_readme_has_every_setting(setting):
+    default = {"": "empty", False: "no"}.get(setting.default, setting.default)
+    cells = f"| `{setting.name}` | {default} | {setting.unit} | {setting.help} |"
+    assert cells in README.read_text()

@@ -1,0 +1,485 @@
+"""The store: one contract for every store, a model, and what is special to files."""
+
+import os
+import random
+import struct
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import NOW, endpoints, make_settings, peer_id
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+import app as bitbreeze
+
+HASH = b"\xabcdefghijklmnopqrstu"
+TTL = make_settings().peer_ttl
+
+
+class Swarm:
+    """Announces to one swarm of a store."""
+
+    def __init__(self, store, info_hash=HASH):
+        self.store, self.info_hash = store, info_hash
+
+    def announce(self, peer, now=NOW, wanted=50, address=None, **fields):
+        """Announce peer number ``peer`` from an address and port of its own."""
+        known = {"left": 1, "port": 1000 + peer % 60000, "key": 5, **fields}
+        announce = bitbreeze.Announce(
+            self.info_hash, peer_id(peer), address or ipv4(peer), **known
+        )
+        return self.store.announce(announce, wanted, now)
+
+    def counts(self, now=NOW):
+        return self.store.scrape([self.info_hash], now)[self.info_hash]
+
+
+def ipv4(peer):
+    return b"\x0a" + peer.to_bytes(3, "big")
+
+
+def ipv6(peer):
+    return bytes.fromhex("20010db8") + peer.to_bytes(4, "big") + bytes(8)
+
+
+def endpoint(peer):
+    return ipv4(peer) + (1000 + peer % 60000).to_bytes(2, "big")
+
+
+@pytest.fixture(params=[bitbreeze.FileStore])
+def make_store(request, tmp_path):
+    """A function that makes a store of each kind; all are of the same data."""
+
+    def make(**overrides):
+        return request.param(tmp_path / "data", make_settings(**overrides))
+
+    return make
+
+
+@pytest.fixture
+def swarm(make_store):
+    return Swarm(make_store())
+
+
+# -- The contract
+
+
+def test_unknown_swarm_is_all_zeros(swarm):
+    assert swarm.counts() == (0, 0, 0, 0)
+    assert list(swarm.store.swarms(NOW)) == []
+
+
+def test_peers_are_counted_by_what_they_lack(swarm):
+    swarm.announce(1, left=0)
+    swarm.announce(2, left=7)
+    swarm.announce(3, left=None)
+    assert swarm.announce(4, left=7, event="paused")[0] == (1, 3, 1, 0)
+    assert swarm.announce(4, left=0, event="paused")[0] == (2, 2, 0, 1)
+    assert list(swarm.store.swarms(NOW)) == [(HASH, (2, 2, 0, 1))]
+
+
+def test_another_store_sees_it_at_once(make_store):
+    first, second = Swarm(make_store()), Swarm(make_store())
+    for peer in range(200):
+        (first, second)[peer % 2].announce(peer)
+        assert first.counts() == second.counts() == (0, peer + 1, 0, 0)
+
+
+def test_stopped_peers_leave(swarm):
+    swarm.announce(1)
+    swarm.announce(2, left=0)
+    counts, peers = swarm.announce(1, event="stopped")
+    assert (counts, peers) == ((1, 0, 0, 0), bitbreeze.NOBODY)
+    assert swarm.announce(1, event="stopped")[0] == (1, 0, 0, 0)
+
+
+def test_stopping_makes_no_swarm(swarm):
+    assert swarm.announce(1, event="stopped") == ((0, 0, 0, 0), bitbreeze.NOBODY)
+    assert list(swarm.store.swarms(NOW)) == []
+
+
+@pytest.mark.parametrize(
+    ("announces", "snatches"),
+    [
+        ([(5, ""), (0, "completed")], 1),
+        ([(5, ""), (0, "completed"), (0, "completed"), (0, "")], 1),
+        ([(5, ""), (0, "")], 1),  # rTorrent
+        ([(5, ""), (0, "stopped")], 1),
+        ([(5, ""), (0, ""), (5, ""), (0, "completed")], 1),
+        ([(0, "started"), (0, "")], 0),
+        ([(0, "completed")], 1),
+        ([(0, ""), (0, "completed")], 1),
+        ([(None, "completed")], 1),
+        ([(5, ""), (5, "stopped")], 0),
+    ],
+)
+@pytest.mark.parametrize("others", [0, 300])
+def test_snatches_count_once(swarm, announces, snatches, others):
+    for peer in range(others):
+        swarm.announce(1000 + peer)
+    for left, event in announces:
+        swarm.announce(1, left=left, event=event)
+    assert swarm.counts().snatches == snatches
+
+
+def test_peers_expire(swarm):
+    swarm.announce(1)
+    swarm.announce(2, NOW + 10)
+    assert swarm.counts(NOW + TTL) == (0, 2, 0, 0)
+    assert swarm.counts(NOW + TTL + 1) == (0, 1, 0, 0)
+    assert swarm.announce(3, NOW + TTL + 1)[1].endpoints4 == endpoint(2)
+
+
+def test_many_peers_expire(swarm):
+    for peer in range(500):
+        swarm.announce(peer, NOW + peer)
+    assert swarm.counts(NOW + TTL + 500) == (0, 0, 0, 0)
+
+
+def test_one_peer_has_two_endpoints(swarm):
+    swarm.announce(9)
+    swarm.announce(9, address=ipv6(9))
+    assert swarm.counts() == (0, 1, 0, 0)
+    _, peers = swarm.announce(1)
+    assert (peers.endpoints4, peers.endpoints6) == (endpoint(9), b"")
+    _, peers = swarm.announce(1, address=ipv6(1))
+    assert peers.endpoints4 == endpoint(9)  # the other family of the same peer
+    assert peers.endpoints6 == ipv6(9) + endpoint(9)[4:]
+
+
+def test_each_endpoint_expires_by_itself(swarm):
+    swarm.announce(9, NOW)
+    swarm.announce(9, NOW + 100, address=ipv6(9))
+    swarm.announce(1, NOW + TTL + 50)
+    _, peers = swarm.announce(1, NOW + TTL + 50, address=ipv6(1))
+    assert peers.endpoints6 == ipv6(9) + endpoint(9)[4:]
+    assert peers.endpoints4 in (b"", bytes(6))
+    assert swarm.counts(NOW + TTL + 50) == (0, 2, 0, 0)
+
+
+def test_own_endpoints_are_never_handed_out(swarm):
+    for peer in (1, 2, 3):
+        swarm.announce(peer, address=ipv4(7), port=7777)
+    swarm.announce(4)
+    for peer in (1, 2, 3):
+        assert swarm.announce(peer, address=ipv4(7), port=7777)[
+            1
+        ].endpoints4 == endpoint(4)
+
+
+@pytest.mark.parametrize("port", [0, 1])
+def test_unreachable_peers_are_counted_only(swarm, port):
+    swarm.announce(1, port=port)
+    swarm.announce(2)
+    counts, peers = swarm.announce(3)
+    assert counts.leechers == 3
+    assert peers.endpoints4 == endpoint(2)
+
+
+def test_seeders_are_not_handed_seeders(swarm):
+    swarm.announce(1, left=0)
+    swarm.announce(2, left=5)
+    assert len(swarm.announce(3, left=0)[1].endpoints4) == 12  # its first: aria2
+    assert swarm.announce(3, left=0)[1].endpoints4 == endpoint(2)
+    assert len(swarm.announce(3, left=0, event="started")[1].endpoints4) == 12
+    assert len(swarm.announce(2, left=5)[1].endpoints4) == 12
+
+
+@pytest.mark.parametrize("size", [5, 69, 70, 71, 500])
+@pytest.mark.parametrize("wanted", [0, 1, 50, 1000])
+def test_wanted_is_kept_to(swarm, size, wanted):
+    for peer in range(size):
+        swarm.announce(peer)
+    found = endpoints(swarm.announce(0, wanted=wanted)[1].endpoints4)
+    assert len(found) == min(wanted, size - 1)
+    assert len(set(found)) == len(found)
+
+
+def test_ids_are_those_of_the_endpoints(swarm):
+    for peer in range(100):
+        swarm.announce(peer)
+    _, peers = swarm.announce(0, compact=False, wanted=200)
+    pairs = zip(endpoints(peers.ids, 20), endpoints(peers.endpoints4), strict=True)
+    assert set(pairs) == {(peer_id(peer), endpoint(peer)) for peer in range(1, 100)}
+
+
+@pytest.mark.parametrize("wanted", [10, 50])
+def test_everybody_meets_everybody(swarm, wanted):
+    for peer in range(500):
+        swarm.announce(peer)
+    met = Counter()
+    for _ in range(4000):
+        met.update(endpoints(swarm.announce(0, wanted=wanted)[1].endpoints4))
+    assert len(met) == 499
+    assert max(met.values()) <= 3 * min(met.values())
+
+
+def test_key_protects_an_endpoint(swarm):
+    swarm.announce(1, key=5)
+    with pytest.raises(bitbreeze.TrackerError, match="another key"):
+        swarm.announce(1, key=6, address=ipv4(99))
+    with pytest.raises(bitbreeze.TrackerError):
+        swarm.announce(1, key=0, address=ipv6(99), event="stopped")
+    assert swarm.announce(2)[1].endpoints4 == endpoint(1)
+    swarm.announce(1, key=5, address=ipv4(99))  # it has moved
+    assert swarm.announce(2)[1].endpoints4[:4] == ipv4(99)
+    swarm.announce(1, key=7, address=ipv4(99))  # it has restarted
+
+
+def test_limits_have_reasons(make_store):
+    swarm = Swarm(make_store(max_peers=3, max_peers_per_address=2, max_swarms=1))
+    swarm.announce(1, address=ipv4(1))
+    swarm.announce(2, address=ipv4(1))
+    with pytest.raises(bitbreeze.TrackerError, match="your address has 2 peers"):
+        swarm.announce(3, address=ipv4(1))
+    swarm.announce(4, address=b"\x7f\0\0\1")
+    with pytest.raises(
+        bitbreeze.TrackerError, match="this swarm is full: it has 3 peers"
+    ):
+        swarm.announce(5)
+    assert swarm.announce(1, address=ipv4(1))[0] == (0, 3, 0, 0)
+    with pytest.raises(
+        bitbreeze.TrackerError, match="this tracker is full: it tracks 1 "
+    ):
+        Swarm(swarm.store, b"i" * 20).announce(1)
+
+
+def test_one_address_cannot_fill_a_swarm(make_store):
+    swarm = Swarm(make_store(max_peers_per_address=100))
+    for peer in range(300):
+        swarm.announce(peer)
+    refused = 0
+    for peer in range(1000, 2000):
+        try:
+            swarm.announce(peer, address=ipv6(1)[:8] + peer.to_bytes(8, "big"))
+        except bitbreeze.TrackerError:
+            refused += 1
+    assert 600 < refused <= 900
+
+
+def test_empty_swarms_keep_their_snatches(make_store):
+    swarm = Swarm(make_store(swarm_ttl=5000))
+    swarm.announce(1, event="completed", left=0)
+    Swarm(swarm.store, b"i" * 20).announce(1)
+    assert dict(swarm.store.swarms(NOW + TTL + 1)) == {HASH: (0, 0, 0, 1)}
+    assert dict(swarm.store.swarms(NOW + TTL + 4000)) == {HASH: (0, 0, 0, 1)}
+    assert dict(swarm.store.swarms(NOW + TTL + 5002)) == {}
+    assert swarm.counts(NOW + TTL + 5002) == (0, 0, 0, 0)
+
+
+def test_dropped_swarms_make_room(make_store):
+    store = make_store(max_swarms=2)
+    Swarm(store, b"a" * 20).announce(1)
+    Swarm(store, b"b" * 20).announce(1)
+    for _ in range(256):
+        later = NOW + TTL + 10
+        store.tidy(later + 10 * _)
+    Swarm(store, b"c" * 20).announce(1, later)
+    Swarm(store, b"d" * 20).announce(1, later)
+
+
+class Model:
+    """What a store should say, with a dictionary for memory; one family, no limits."""
+
+    def __init__(self):
+        self.peers, self.snatches = {}, 0  # [left, paused, seen, snatched] by number
+
+    def announce(self, peer, now, left, event):
+        self.expire(now)
+        known = self.peers.get(peer)
+        if event == "stopped" and not known:
+            return
+        seeder = left == 0
+        snatched = bool(known and known[3])
+        if event == "completed" or (known and seeder and known[0] != 0):
+            self.snatches += not snatched
+            snatched = True
+        self.peers[peer] = [left, event == "paused" and not seeder, now, snatched]
+        if event == "stopped":
+            del self.peers[peer]
+
+    def expire(self, now):
+        self.peers = {p: v for p, v in self.peers.items() if v[2] >= now - TTL}
+
+    def counts(self, now):
+        self.expire(now)
+        lefts = [left for left, *_ in self.peers.values()]
+        paused = sum(1 for _, is_paused, *_ in self.peers.values() if is_paused)
+        seeders = lefts.count(0)
+        return seeders, len(lefts) - seeders, paused, self.snatches
+
+
+@given(st.integers(0, 2**32), st.sampled_from([5, 80, 400]), st.sampled_from([1, 60]))
+@hypothesis_settings(max_examples=12, deadline=None)
+def test_store_and_model_agree(tmp_path_factory, seed, crowd, pace):
+    """Announce up to ``crowd`` peers at random, up to ``pace`` seconds apart."""
+    rnd, model, now = random.Random(seed), Model(), NOW
+    store = bitbreeze.FileStore(
+        tmp_path_factory.mktemp("model"), make_settings(swarm_ttl=10**9)
+    )
+    swarm = Swarm(store)
+    for _ in range(700):
+        now += rnd.randrange(pace + 1)
+        peer, left = rnd.randrange(crowd), rnd.choice([0, 1, 1])
+        event = rnd.choice(["", "", "", "started", "completed", "paused", "stopped"])
+        counts, peers = swarm.announce(peer, now, wanted=1000, left=left, event=event)
+        model.announce(peer, now, left, event)
+        if crowd <= 70:  # one page: never behind
+            assert counts == model.counts(now)
+        known = {endpoint(peer) for peer in model.peers}
+        assert known.issuperset(endpoints(peers.endpoints4))
+    now += TTL // 4 + 1  # a recount
+    assert swarm.counts(now) == model.counts(now)
+
+
+# -- Files
+
+
+def swarm_path(store, info_hash=HASH):
+    name = info_hash.hex()
+    return Path(store.folder, "swarms", name[:2], name)
+
+
+def test_files_are_private(swarm):
+    swarm.announce(1)
+    assert os.stat(swarm.store.folder).st_mode & 0o777 == 0o700
+    assert swarm_path(swarm.store).stat().st_mode & 0o777 == 0o600
+
+
+def test_small_swarms_are_one_block(swarm):
+    for peer in range(70):
+        swarm.announce(peer)
+    assert swarm_path(swarm.store).stat().st_size == 4096
+    swarm.announce(70)
+    assert swarm_path(swarm.store).stat().st_size == 8192
+
+
+def test_big_swarms_take_100_bytes_a_peer_and_shrink(swarm):
+    for peer in range(5000):
+        swarm.announce(peer, NOW + peer % 2 * 1000)
+    path = swarm_path(swarm.store)
+    assert path.stat().st_size < 5000 * 110
+    assert swarm.counts(NOW + TTL + 1) == (0, 2500, 0, 0)
+    assert swarm.counts(NOW + TTL + 1001) == (0, 0, 0, 0)
+    assert path.stat().st_size == 4096
+
+
+DAMAGES = {
+    "cut short": lambda data: data[:1000],
+    "cut in a later page": lambda data: data[:-1],
+    "random": lambda data: random.Random(1).randbytes(len(data)),
+    "random in a later page": lambda data: data[:8192] + os.urandom(9000),
+    "another version": lambda data: data[:4] + b"\2" + data[5:],
+    "of another swarm": lambda data: data[:16] + b"x" * 20 + data[36:],
+    "something else": lambda data: b"<html>" * 1000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("is_open", [True, False])
+def test_damaged_files_are_set_aside(make_store, caplog, damage, is_open):
+    swarm = Swarm(make_store())
+    for peer in range(300):
+        swarm.announce(peer)
+    path = swarm_path(swarm.store)
+    damaged = damage(path.read_bytes())
+    with open(path, "r+b") as file:
+        file.truncate(file.write(damaged))
+    if not is_open:
+        swarm = Swarm(make_store())
+    for peer in range(300):  # one of them comes upon the damage
+        swarm.announce(peer)
+    if swarm.counts() == (0, 300, 0, 0) and not caplog.records:
+        swarm.counts(NOW + TTL // 2)
+    for peer in range(300):
+        swarm.announce(peer, NOW + TTL // 2)
+    assert swarm.counts(NOW + TTL // 2) == (0, 300, 0, 0)
+    assert len(caplog.records) == 1
+    assert "was damaged" in caplog.text
+    assert Path(swarm.store.folder, "damaged", HASH.hex()).exists()
+
+
+def test_emptied_file_is_a_new_swarm(swarm, caplog):
+    swarm.announce(1)
+    os.truncate(swarm_path(swarm.store), 0)
+    assert swarm.announce(2)[0] == (0, 1, 0, 0)
+    assert not caplog.records
+
+
+def test_removed_folder_is_made_again(swarm):
+    swarm.announce(1)
+    os.rename(swarm.store.folder, swarm.store.folder + ".gone")
+    assert swarm.announce(2, NOW + 10)[0] == (0, 1, 0, 0)
+
+
+def test_number_of_swarms_is_mended(make_store):
+    store = make_store(max_swarms=2)
+    Swarm(store, b"a" * 20).announce(1)
+    Path(store.folder, "swarms.count").write_bytes(struct.pack("<Q", 2))
+    assert len(list(store.swarms(NOW))) == 1
+    Swarm(store, b"b" * 20).announce(1)
+
+
+class Killed(BaseException):
+    """The process is gone: nothing after it runs, not even an except."""
+
+
+@pytest.mark.parametrize("peers", [69, 70, 119, 500])
+def test_a_kill_between_any_two_writes_loses_nobody(make_store, monkeypatch, peers):
+    """Let the n-th write of an announce be the last, for every n; look at the file."""
+    real = os.pwrite
+    for survived in range(20):
+        swarm = Swarm(make_store(), survived.to_bytes(20, "big"))
+        for peer in range(peers):
+            swarm.announce(peer)
+        left = [survived]
+
+        def dying(fd, data, at, left=left):
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+            return real(fd, data, at)
+
+        monkeypatch.setattr(os, "pwrite", dying)
+        killed = False
+        try:
+            swarm.announce(peers)
+        except Killed:
+            killed = True
+        monkeypatch.setattr(os, "pwrite", real)
+        after = Swarm(make_store(), swarm.info_hash)
+        found = {*endpoints(after.announce(0, wanted=1000)[1].endpoints4), endpoint(0)}
+        assert found.issuperset(map(endpoint, range(peers)))
+        assert after.counts() == (0, len(found), 0, 0)
+        if not killed:
+            assert len(found) == peers + 1
+            return
+    raise AssertionError("an announce makes 20 writes")
+
+
+@given(st.integers(0, 2**32), st.integers(1, 8))
+@hypothesis_settings(max_examples=60, deadline=None)
+def test_any_flipped_bytes_are_survived(tmp_path_factory, seed, flips):
+    """With bytes of the file changed, an announce works, or the file is set aside."""
+    rnd = random.Random(seed)
+    store = bitbreeze.FileStore(tmp_path_factory.mktemp("flip"), make_settings())
+    swarm = Swarm(store)
+    for peer in range(rnd.choice([3, 75])):
+        swarm.announce(peer, address=rnd.choice([ipv4, ipv6])(peer))
+    path = swarm_path(store)
+    data = bytearray(path.read_bytes())
+    for _ in range(flips):
+        data[rnd.choice([rnd.randrange(110), rnd.randrange(len(data))])] = (
+            rnd.randrange(256)
+        )
+    with open(path, "r+b") as file:
+        file.write(data)
+    for peer in (1, 90):
+        for now in (NOW, NOW + 2000):
+            try:
+                swarm.announce(peer, now)
+            except bitbreeze.TrackerError:
+                pass  # another key, or full, as far as the file knows
+            assert min(swarm.counts(now)) >= 0
