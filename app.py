@@ -311,11 +311,10 @@ def _bytes(text):
 
 
 def _port(text):
-    if text.isdecimal() and len(text) < 9 and int(text) < 65536:
-        return int(text)
-    if text:
+    port = int(text) if text.isdecimal() and len(text) < 9 else 0 if not text else -1
+    if not 0 <= port < 65536:
         raise TrackerError("port must be a whole number from 0 to 65535")
-    return 0  # aria2 leaves it out when it has none
+    return port  # 0 for none: aria2 leaves it out then
 
 
 def _left(text):
@@ -525,6 +524,9 @@ _ADDRESSES4 = struct.Struct("4s2x" * SLOTS)
 _PREFIXES6 = struct.Struct("8s10x" * SLOTS)
 
 
+_NOWHERE4, _NOWHERE6 = bytes(6), bytes(18)  # the endpoints of a family that is absent
+
+
 class Page:
     """Up to 70 peers in columns, the leechers first and then the seeders.
 
@@ -640,25 +642,25 @@ class Page:
 
     def repeats(self, slot, announce):
         """Return whether an announce says of a peer what is known already."""
-        _, key, state, _, _ = _WHO.unpack_from(self.data, _WHOS + slot * _WHO.size)
-        width = len(announce.address) + 2
-        at = (_ENDS4 if width == 6 else _ENDS6) + slot * width
-        seeder = _is_seeder(announce)
-        return (
-            key == announce.key
-            and self.data[at : at + width] == _endpoint(announce)
-            and seeder == (slot >= self.leechers)
-            and (state & PARTIAL) == (announce.event == "paused" and not seeder)
-            and announce.event not in ("completed", "stopped")
-        )
+        event, seeder = announce.event, announce.left == 0
+        if event == "completed" or event == "stopped":
+            return False
+        data, endpoint = self.data, _endpoint(announce)
+        at = (_ENDS4 if len(endpoint) == 6 else _ENDS6) + slot * len(endpoint)
+        if data[at : at + len(endpoint)] != endpoint:
+            return False
+        _, key, state, _, _ = _WHO.unpack_from(data, _WHOS + slot * _WHO.size)
+        is_partial = event == "paused" and not seeder
+        was_seeder = slot >= self.leechers
+        return (key, state & PARTIAL, was_seeder) == (announce.key, is_partial, seeder)
 
     def endpoints(self, slot):
         """Return a peer's endpoints, (IPv4, IPv6), b"" for a family it has not."""
-        at4, at6 = _ENDS4 + slot * 6, _ENDS6 + slot * 18
-        _, _, _, seen4, seen6 = _WHO.unpack_from(self.data, _WHOS + slot * _WHO.size)
+        data, at4, at6 = self.data, _ENDS4 + slot * 6, _ENDS6 + slot * 18
+        endpoint4, endpoint6 = data[at4 : at4 + 6], data[at6 : at6 + 18]
         return (
-            self.data[at4 : at4 + 6] if seen4 else b"",
-            self.data[at6 : at6 + 18] if seen6 else b"",
+            endpoint4 if endpoint4 != _NOWHERE4 else b"",
+            endpoint6 if endpoint6 != _NOWHERE6 else b"",
         )
 
     def pick(self, wanted, seeders_too, own, with_ids):
@@ -675,26 +677,37 @@ class Page:
         # A zero there is a port below 256, or none. Without any, all can be reached.
         if not (own4 and 0 not in ends4[4::6] or own6 and 0 not in ends6[16::18]):
             ids, ends4, ends6, pool = _reachable(ids, ends4, ends6)
-        while (at := _find(ends4, own4)) >= 0 or (at := _find(ends6, own6)) >= 0:
-            ids = ids[: at * 20] + ids[at * 20 + 20 :]
-            ends4 = ends4[: at * 6] + ends4[at * 6 + 6 :]
-            ends6 = ends6[: at * 18] + ends6[at * 18 + 18 :]
+        while (at := _find(ends4, own4) if own4 else -1) >= 0 or (
+            at := _find(ends6, own6) if own6 else -1
+        ) >= 0:
+            ids, ends4, ends6 = _without(at, ids, ends4, ends6)
             pool -= 1
         if pool <= wanted:
             return ids, ends4, ends6
-        first = int(random() * pool)  # of a run that goes on at the front
-        last = first + wanted
-        return (
-            (ids + ids)[first * 20 : last * 20],
-            (ends4 + ends4)[first * 6 : last * 6],
-            (ends6 + ends6)[first * 18 : last * 18],
-        )
+        return _run(int(random() * pool), wanted, ids, ends4, ends6)
+
+
+def _without(at, ids, ends4, ends6):
+    """Return the columns without the peer at ``at``."""
+    return (
+        ids and ids[: at * 20] + ids[at * 20 + 20 :],
+        ends4 and ends4[: at * 6] + ends4[at * 6 + 6 :],
+        ends6 and ends6[: at * 18] + ends6[at * 18 + 18 :],
+    )
+
+
+def _run(first, count, ids, ends4, ends6):
+    """Return ``count`` peers of the columns from ``first`` on, and round the end."""
+    last = first + count
+    return (
+        ids and (ids + ids)[first * 20 : last * 20],
+        ends4 and (ends4 + ends4)[first * 6 : last * 6],
+        ends6 and (ends6 + ends6)[first * 18 : last * 18],
+    )
 
 
 def _find(column, endpoint):
     """Return where an endpoint stands in a column, or -1."""
-    if not column:
-        return -1
     at = column.find(endpoint)
     while at > 0 and at % len(endpoint):  # by chance, across two others
         at = column.find(endpoint, at + 1)
@@ -739,13 +752,14 @@ class Swarm:
         data = os.pread(self.fd, PAGE, 0)
         self.first = Page(0, data) if data else self._new_first()
         head = _SWARM_HEAD.unpack_from(self.first.data, _PAGE_HEAD.size)
-        info_hash, self.salt, self.pages, peers, leechers, partial_seeds = head[:6]
+        info_hash, self.salt, self.pages = head[:3]
         self.snatches, self.recount_at, self.emptied, self.state = head[6:]
         self.tally = head[3:6] if self.pages > 1 else self.first.counted
         if self.state == RETIRED:
             raise RetiredError
         if info_hash != self.info_hash or not self.pages or self.state > RETIRED:
             raise DamagedError("its head is not that of this swarm")
+        peers, leechers, partial_seeds = self.tally
         if not partial_seeds <= leechers <= peers <= self.pages * SLOTS:
             raise DamagedError("its head counts the peers wrong")
         ttl = self.settings.peer_ttl
@@ -780,7 +794,7 @@ class Swarm:
             own, is_first = self._change(page, slot, announce)
         if announce.event == "stopped" or not wanted:
             return self.counts(), NOBODY
-        seeders_too = is_first or not _is_seeder(announce)
+        seeders_too = is_first or announce.left != 0
         return self.counts(), self._choose(
             wanted, seeders_too, own, not announce.compact
         )
@@ -836,7 +850,7 @@ class Swarm:
         ids, ends4, ends6 = self._page(number).pick(wanted, *ask)
         for _ in range(min(self.pages - 1, 1 + wanted // SPARSE)):
             lacking = wanted - max(len(ends4) // 6, len(ends6) // 18)
-            if lacking:
+            if lacking > wanted // 4:  # three quarters are not worth another page
                 number = (number + 1) % self.pages
                 more = self._page(number).pick(lacking, *ask)
                 ids, ends4, ends6 = ids + more[0], ends4 + more[1], ends6 + more[2]
@@ -879,9 +893,18 @@ class Swarm:
         if self.pages == 1:
             return 0, 0
         digest = blake2b(peer_id, key=self.salt, digest_size=8).digest()
-        whole = 1 << (self.pages - 1).bit_length()  # the next power of two
-        homes = [number % whole for number in struct.unpack("<II", digest)]
-        return [n if n < self.pages else n - whole // 2 for n in homes]
+        number, whole = (
+            int.from_bytes(digest, "little"),
+            1 << (self.pages - 1).bit_length(),
+        )
+        first, second = number % whole, (number >> 32) % whole
+        half = (
+            whole // 2
+        )  # the pages from half on are those that there are not all of yet
+        return (
+            first if first < self.pages else first - half,
+            second if second < self.pages else second - half,
+        )
 
     def _locate(self, peer_id):
         """Return (page, slot) of a peer, or (one of its pages, -1)."""
@@ -938,18 +961,19 @@ class Swarm:
 
     def _page(self, number):
         """Return a page, without those in it that have expired."""
-        page = self.loaded.get(number) if number else self.first
+        if number == 0:
+            return self.first
+        page = self.loaded.get(number)
         if page is None:
             page = Page(number, os.pread(self.fd, PAGE, number * PAGE))
             self.loaded[number] = page
-            self._forget_expired(page)
+            if 0 < page.oldest < self.now - self.settings.peer_ttl:
+                self._forget_expired(page)
         return page
 
     def _forget_expired(self, page):
-        cutoff = self.now - self.settings.peer_ttl
-        if 0 < page.oldest < cutoff:
-            page.forget(cutoff)
-            self._save(page)
+        page.forget(self.now - self.settings.peer_ttl)
+        self._save(page)
 
     def _recount(self):
         """Look at all pages: forget, count, and give back pages that are not needed.
@@ -1036,7 +1060,7 @@ class Swarm:
         """Write that a peer is still there, which is all that most announces say."""
         family = _SEEN4_AT if len(announce.address) == 4 else _SEEN6_AT
         at = page.number * PAGE + _WHOS + slot * _WHO.size + family
-        self._pwrite(self.now.to_bytes(4, "little"), at)
+        os.pwrite(self.fd, self.now.to_bytes(4, "little"), at)
 
     def _head(self):
         self.emptied = 0 if self.tally[0] else self.emptied or self.now

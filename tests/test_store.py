@@ -193,7 +193,9 @@ def test_wanted_is_kept_to(swarm, size, wanted):
     for peer in range(size):
         swarm.announce(peer)
     found = endpoints(swarm.announce(0, wanted=wanted)[1].endpoints4)
-    assert len(found) == min(wanted, size - 1)
+    most = min(wanted, size - 1)
+    # Of several pages, another is not read for the last quarter.
+    assert (most if size <= 70 else most * 3 // 4) <= len(found) <= most
     assert len(set(found)) == len(found)
 
 
