@@ -1378,7 +1378,7 @@ PAGE_HTML = """\
   code { display: block; padding: .75rem; border: 1px solid #8888; border-radius: .4rem;
          overflow-wrap: anywhere; user-select: all }
   dl { display: grid; gap: 1rem;
-       grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)) }
+       grid-template-columns: repeat(auto-fit, minmax(6rem, 1fr)) }
   dl div { border-top: 3px solid #2a7ae2; padding-top: .5rem }
   dt { color: #767676 }
   dd { margin: 0; font-size: 1.75rem; font-variant-numeric: tabular-nums }

@@ -3,6 +3,7 @@
 import pytest
 from conftest import NOW, endpoints, make_settings, peer_id
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import app as bitbreeze
@@ -111,6 +112,7 @@ def test_totals_are_exact_then_kept_a_while(tmp_path):
 
 
 @given(st.text(st.characters(max_codepoint=255), max_size=200))
+@hypothesis_settings(max_examples=2000, deadline=None)
 def test_any_query_is_answered(any_query_client, query):
     for path in ("/announce", "/scrape"):
         any_query_client.check(path, query)
@@ -130,6 +132,7 @@ values = st.one_of(
 
 
 @given(st.lists(st.tuples(names, values), max_size=12))
+@hypothesis_settings(max_examples=2000, deadline=None)
 def test_any_parameters_are_answered(any_query_client, parameters):
     query = "&".join(f"{name}={value}" for name, value in parameters)
     whole = f"info_hash={'h' * 20}&peer_id={'p' * 20}&{query}"
