@@ -311,10 +311,12 @@ def _bytes(text):
 
 
 def _port(text):
-    port = int(text) if text.isdecimal() and len(text) < 9 else 0 if not text else -1
+    if not text:
+        return 0  # aria2 leaves it out when it has none
+    port = int(text) if text.isdecimal() and len(text) < 9 else -1
     if not 0 <= port < 65536:
         raise TrackerError("port must be a whole number from 0 to 65535")
-    return port  # 0 for none: aria2 leaves it out then
+    return port
 
 
 def _left(text):
@@ -627,9 +629,9 @@ class Page:
             if max(seen4, seen6) < cutoff:
                 self.remove(slot)
             elif 0 < seen4 < cutoff:
-                self[slot] = self[slot]._replace(endpoint4=bytes(6), seen4=0)
+                self[slot] = self[slot]._replace(endpoint4=_NOWHERE4, seen4=0)
             elif 0 < seen6 < cutoff:
-                self[slot] = self[slot]._replace(endpoint6=bytes(18), seen6=0)
+                self[slot] = self[slot]._replace(endpoint6=_NOWHERE6, seen6=0)
         self.oldest = min([at for at in seen if at >= cutoff], default=0)
 
     def count_from(self, address):
@@ -657,11 +659,7 @@ class Page:
     def endpoints(self, slot):
         """Return a peer's endpoints, (IPv4, IPv6), b"" for a family it has not."""
         data, at4, at6 = self.data, _ENDS4 + slot * 6, _ENDS6 + slot * 18
-        endpoint4, endpoint6 = data[at4 : at4 + 6], data[at6 : at6 + 18]
-        return (
-            endpoint4 if endpoint4 != _NOWHERE4 else b"",
-            endpoint6 if endpoint6 != _NOWHERE6 else b"",
-        )
+        return _present(data[at4 : at4 + 6], data[at6 : at6 + 18])
 
     def pick(self, wanted, seeders_too, own, with_ids):
         """Return at random up to ``wanted`` peers, as the columns of Peers.
@@ -677,14 +675,20 @@ class Page:
         # A zero there is a port below 256, or none. Without any, all can be reached.
         if not (own4 and 0 not in ends4[4::6] or own6 and 0 not in ends6[16::18]):
             ids, ends4, ends6, pool = _reachable(ids, ends4, ends6)
-        while (at := _find(ends4, own4) if own4 else -1) >= 0 or (
-            at := _find(ends6, own6) if own6 else -1
-        ) >= 0:
+        while (at := _find(ends4, own4)) >= 0 or (at := _find(ends6, own6)) >= 0:
             ids, ends4, ends6 = _without(at, ids, ends4, ends6)
             pool -= 1
         if pool <= wanted:
             return ids, ends4, ends6
         return _run(int(random() * pool), wanted, ids, ends4, ends6)
+
+
+def _present(endpoint4, endpoint6):
+    """Return both endpoints, b"" for that of an absent family."""
+    return (
+        endpoint4 if endpoint4 != _NOWHERE4 else b"",
+        endpoint6 if endpoint6 != _NOWHERE6 else b"",
+    )
 
 
 def _without(at, ids, ends4, ends6):
@@ -708,6 +712,8 @@ def _run(first, count, ids, ends4, ends6):
 
 def _find(column, endpoint):
     """Return where an endpoint stands in a column, or -1."""
+    if not endpoint:
+        return -1
     at = column.find(endpoint)
     while at > 0 and at % len(endpoint):  # by chance, across two others
         at = column.find(endpoint, at + 1)
@@ -824,7 +830,7 @@ class Swarm:
             page.add(new, seeder)
         self._save(page)
         is_first = (new.seen4 and not old.seen4) or (new.seen6 and not old.seen6)
-        own = new.endpoint4 if new.seen4 else b"", new.endpoint6 if new.seen6 else b""
+        own = _present(new.endpoint4, new.endpoint6)
         return own, is_first or announce.event == "started"
 
     def counts(self):
@@ -893,14 +899,10 @@ class Swarm:
         if self.pages == 1:
             return 0, 0
         digest = blake2b(peer_id, key=self.salt, digest_size=8).digest()
-        number, whole = (
-            int.from_bytes(digest, "little"),
-            1 << (self.pages - 1).bit_length(),
-        )
+        number = int.from_bytes(digest, "little")
+        whole = 1 << (self.pages - 1).bit_length()  # the next power of two
+        half = whole // 2  # of the pages from half on, not all are there yet
         first, second = number % whole, (number >> 32) % whole
-        half = (
-            whole // 2
-        )  # the pages from half on are those that there are not all of yet
         return (
             first if first < self.pages else first - half,
             second if second < self.pages else second - half,
@@ -1060,7 +1062,7 @@ class Swarm:
         """Write that a peer is still there, which is all that most announces say."""
         family = _SEEN4_AT if len(announce.address) == 4 else _SEEN6_AT
         at = page.number * PAGE + _WHOS + slot * _WHO.size + family
-        os.pwrite(self.fd, self.now.to_bytes(4, "little"), at)
+        self._pwrite(self.now.to_bytes(4, "little"), at)
 
     def _head(self):
         self.emptied = 0 if self.tally[0] else self.emptied or self.now
@@ -1075,7 +1077,7 @@ class Swarm:
 
 
 NOBODY, NOTHING = Peers(b"", b"", b""), Counts(0, 0, 0, 0)
-_ABSENT = Record(b"", 0, 0, 0, 0, bytes(6), bytes(18))
+_ABSENT = Record(b"", 0, 0, 0, 0, _NOWHERE4, _NOWHERE6)
 _LOOPBACK6 = bytes(15) + b"\1"
 
 
