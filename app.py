@@ -37,7 +37,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import zip_longest
-from operator import or_
+from operator import add, or_
 from pathlib import Path
 from random import random
 from threading import Lock
@@ -228,11 +228,18 @@ class Totals(NamedTuple):
     swarms: int  # those with at least one peer
 
 
+_tuple = tuple.__new__  # makes a named tuple for a third of what calling it costs
+
+
 # -- Requests -------------------------------------------------------------------------
 # Never through Flask's request.args: it decodes to text, and an info_hash is 20 bytes
 # of anything, so that %FF and the byte FF can no longer be told apart.
 
 _EVENTS = frozenset(("started", "completed", "stopped", "paused"))
+_LEFT_OUT = dict.fromkeys(
+    ("info_hash", "peer_id", "port", "left", "event", "numwant", "key", "compact")
+    + ("no_peer_id",), ""
+)  # fmt: skip
 
 
 def parse_announce(environ):
@@ -246,29 +253,28 @@ def parse_announce(environ):
         raise TrackerError(
             "info_hash was sent more than once: announce one torrent at a time"
         )
-    parameters = {}
+    given = _LEFT_OUT.copy()
     for part in query.split("&"):
         name, _, value = part.partition("=")
-        parameters[name] = value
-    info_hash = _info_hash(parameters.get("info_hash"))
-    peer_id = _bytes(parameters.get("peer_id", ""))
+        given[name] = value
+    info_hash, peer_id = _info_hash(given["info_hash"]), _bytes(given["peer_id"])
     if len(peer_id) != 20:
         raise TrackerError(f"peer_id must be 20 bytes, these are {len(peer_id)}")
-    event = parameters.get("event", "")
-    return Announce(
+    event = given["event"]
+    return _tuple(Announce, (
         info_hash,
         peer_id,
         parse_address(environ.get("REMOTE_ADDR", "")),
-        _port(parameters.get("port", "")),
-        _left(parameters.get("left", "")),
+        _port(given["port"]),
+        _left(given["left"]),
         event if event in _EVENTS else "",  # nobody is shut out for a new one
-        _numwant(parameters.get("numwant", "")),
+        _numwant(given["numwant"]),
         # As it is sent: hex, decimal, or 8 bytes of anything by aria2. No more of it is
         # kept than tells two clients apart.
-        zlib.crc32(parameters.get("key", "").encode("latin-1", "replace")),
-        parameters.get("compact") != "0",  # BEP 23: compact unless refused
-        parameters.get("no_peer_id") == "1",
-    )
+        zlib.crc32(given["key"].encode("latin-1", "replace")),
+        given["compact"] != "0",  # BEP 23: compact unless refused
+        given["no_peer_id"] == "1",
+    ))  # fmt: skip
 
 
 def parse_scrape(environ):
@@ -291,7 +297,7 @@ def parse_address(text):
 
 @lru_cache(maxsize=10000)
 def _info_hash(text):
-    if text is None:
+    if not text:
         raise TrackerError("info_hash is missing: this URL is for BitTorrent clients")
     value = _bytes(text)
     if len(value) == 20:
@@ -343,30 +349,22 @@ _FORM = (
         (b"complete", b"downloaded", b"incomplete", b"interval", b"min interval"), 0
     ))[:-1].replace(b"i0e", b"i%de").replace(b"10:incomplete", b"%b10:incomplete")
 )  # fmt: skip
-_EXTERNAL_IP, _PEERS, _PEERS6, _WARNING = map(
-    bencoder.bencode, (b"external ip", b"peers", b"peers6", b"warning message")
-)
 
 
 def announce_reply(announce, counts, peers, interval, settings):
     """Return the bencoded answer to an announce (BEP 3, 7, 23, 24)."""
-    reply = _FORM % (
-        *(counts.seeders, counts.snatches, _external_ip(announce.address)),
-        *(counts.leechers, interval, settings.min_interval),
-    )
-    if not announce.compact:
-        reply += _PEERS + bencoder.bencode(_peer_list(peers, announce.no_peer_id))
-    else:
+    seeders, leechers, _, snatches = counts
+    external_ip, least = _external_ip(announce.address), settings.min_interval
+    reply = _FORM % (seeders, snatches, external_ip, leechers, interval, least)
+    if announce.compact:
         endpoints = _with_ports(peers.endpoints4, 6)
-        reply += b"%b%d:%b" % (
-            _PEERS,
-            len(endpoints),
-            endpoints,
-        )  # rTorrent needs the key
+        reply += b"5:peers%d:%b" % (len(endpoints), endpoints)  # rTorrent needs the key
         if peers.endpoints6 or len(announce.address) == 16:
-            reply += _PEERS6 + bencoder.bencode(_with_ports(peers.endpoints6, 18))
+            reply += b"6:peers6" + bencoder.bencode(_with_ports(peers.endpoints6, 18))
+    else:
+        reply += b"5:peers" + bencoder.bencode(_peer_list(peers, announce.no_peer_id))
     if settings.notice:
-        reply += _WARNING + bencoder.bencode(settings.notice.encode())
+        reply += b"15:warning message" + bencoder.bencode(settings.notice.encode())
     return reply + b"e"
 
 
@@ -428,7 +426,7 @@ def _peer_list(peers, no_peer_id):
 def _external_ip(address):
     """Return BEP 24's key and value; nothing for a private address, of no use there."""
     if ipaddress.ip_address(address).is_global:
-        return _EXTERNAL_IP + bencoder.bencode(address)
+        return b"11:external ip" + bencoder.bencode(address)
     return b""
 
 
@@ -513,6 +511,7 @@ class Record(NamedTuple):
 _PAGE_HEAD = struct.Struct("<5sBBBII")
 _SWARM_HEAD = struct.Struct("<20s8sIIIIQIIB")
 _HEADS = _PAGE_HEAD.size + _SWARM_HEAD.size
+_HASHES = struct.Struct("<II")
 _WHO = struct.Struct("<20sIBII")  # a Record without the endpoints
 _SEEN4_AT, _SEEN6_AT = 25, 29  # of that
 # Where in a page the three columns begin.
@@ -544,16 +543,17 @@ class Page:
         """Read page ``number`` from 4096 bytes; raise DamagedError if it is not it."""
         if len(data) != PAGE:
             raise DamagedError(f"page {number} is cut short")
-        magic, self.peers, self.leechers, self.partial_seeds, stored, self.oldest = (
-            _PAGE_HEAD.unpack_from(data)
+        magic, peers, leechers, partial_seeds, stored, oldest = _PAGE_HEAD.unpack_from(
+            data
         )
         if magic != MAGIC or stored != number:
             raise DamagedError(f"page {number} does not begin as one of format {MAGIC}")
-        if not self.partial_seeds <= self.leechers <= self.peers <= SLOTS:
+        if not partial_seeds <= leechers <= peers <= SLOTS:
             raise DamagedError(f"page {number} counts its peers wrong")
-        self.number, self.data = number, data
+        self.number, self.data, self.oldest = number, data, oldest
+        self.peers, self.leechers, self.partial_seeds = peers, leechers, partial_seeds
         # What the swarm's counts include of this page.
-        self.counted = self.peers, self.leechers, self.partial_seeds
+        self.counted = peers, leechers, partial_seeds
 
     @classmethod
     def empty(cls, number):
@@ -568,6 +568,8 @@ class Page:
 
     def seal(self):
         """Bring the head of ``data`` up to date, after changes."""
+        if not 0 <= self.partial_seeds <= self.leechers:
+            raise DamagedError(f"page {self.number} counts its partial seeds wrong")
         self.put(0, _PAGE_HEAD.pack(MAGIC, *self.counts(), self.number, self.oldest))
 
     def put(self, at, data):
@@ -642,24 +644,32 @@ class Page:
             sources = _PREFIXES6.unpack_from(self.data, _ENDS6)
         return sources[: self.peers].count(address[:8])
 
-    def repeats(self, slot, announce):
-        """Return whether an announce says of a peer what is known already."""
-        event, seeder = announce.event, announce.left == 0
-        if event == "completed" or event == "stopped":
-            return False
-        data, endpoint = self.data, _endpoint(announce)
-        at = (_ENDS4 if len(endpoint) == 6 else _ENDS6) + slot * len(endpoint)
-        if data[at : at + len(endpoint)] != endpoint:
-            return False
-        _, key, state, _, _ = _WHO.unpack_from(data, _WHOS + slot * _WHO.size)
-        is_partial = event == "paused" and not seeder
-        was_seeder = slot >= self.leechers
-        return (key, state & PARTIAL, was_seeder) == (announce.key, is_partial, seeder)
+    def find_same(self, announce, endpoint):
+        """Return the slot of a peer of whom an announce tells nothing new, or -1.
+
+        Its endpoint is found much sooner than its peer_id, being shorter.
+        """
+        data, event, width = self.data, announce.event, len(endpoint)
+        start = _ENDS4 if width == 6 else _ENDS6
+        at = data.find(endpoint, start, start + self.peers * width)
+        if at < 0 or event == "completed" or event == "stopped":
+            return -1
+        slot, rest = divmod(at - start, width)
+        peer_id, key, state, _, _ = _WHO.unpack_from(data, _WHOS + slot * _WHO.size)
+        is_seeder = announce.left == 0
+        same = (
+            peer_id == announce.peer_id
+            and key == announce.key
+            and is_seeder == (slot >= self.leechers)
+            and state & PARTIAL == (event == "paused" and not is_seeder)
+            and not rest  # by chance, across two others
+        )
+        return slot if same else -1
 
     def endpoints(self, slot):
         """Return a peer's endpoints, (IPv4, IPv6), b"" for a family it has not."""
-        data, at4, at6 = self.data, _ENDS4 + slot * 6, _ENDS6 + slot * 18
-        return _present(data[at4 : at4 + 6], data[at6 : at6 + 18])
+        at4, at6 = _ENDS4 + slot * 6, _ENDS6 + slot * 18
+        return _present(self.data[at4 : at4 + 6], self.data[at6 : at6 + 18])
 
     def pick(self, wanted, seeders_too, own, with_ids):
         """Return at random up to ``wanted`` peers, as the columns of Peers.
@@ -676,8 +686,8 @@ class Page:
         if not (own4 and 0 not in ends4[4::6] or own6 and 0 not in ends6[16::18]):
             ids, ends4, ends6, pool = _reachable(ids, ends4, ends6)
         while (at := _find(ends4, own4)) >= 0 or (at := _find(ends6, own6)) >= 0:
-            ids, ends4, ends6 = _without(at, ids, ends4, ends6)
             pool -= 1
+            ids, ends4, ends6 = _run(at + 1, pool, ids, ends4, ends6)
         if pool <= wanted:
             return ids, ends4, ends6
         return _run(int(random() * pool), wanted, ids, ends4, ends6)
@@ -688,15 +698,6 @@ def _present(endpoint4, endpoint6):
     return (
         endpoint4 if endpoint4 != _NOWHERE4 else b"",
         endpoint6 if endpoint6 != _NOWHERE6 else b"",
-    )
-
-
-def _without(at, ids, ends4, ends6):
-    """Return the columns without the peer at ``at``."""
-    return (
-        ids and ids[: at * 20] + ids[at * 20 + 20 :],
-        ends4 and ends4[: at * 6] + ends4[at * 6 + 6 :],
-        ends6 and ends6[: at * 18] + ends6[at * 18 + 18 :],
     )
 
 
@@ -733,11 +734,18 @@ def _reachable(ids, ends4, ends6):
     )
 
 
+def _lacking(columns, wanted):
+    """Return how many peers lack, or 0 if there are half of those wanted."""
+    lacking = wanted - (len(columns[1]) // 6 or len(columns[2]) // 18)
+    return lacking if lacking > wanted // 2 else 0
+
+
 class Swarm:
     """An open swarm file. Every operation takes both its locks, and calls ``begin``."""
 
     def __init__(self, path, info_hash, settings):
         self.path, self.info_hash, self.settings = path, info_hash, settings
+        self.first = None  # the first page, as it was last read or written
         self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self.lock = Lock()  # between threads, as flock is between descriptors
 
@@ -756,24 +764,35 @@ class Swarm:
         """Read the first page; raise DamagedError or RetiredError if it is no use."""
         self.now, self.loaded = now, {}
         data = os.pread(self.fd, PAGE, 0)
-        self.first = Page(0, data) if data else self._new_first()
-        head = _SWARM_HEAD.unpack_from(self.first.data, _PAGE_HEAD.size)
-        info_hash, self.salt, self.pages = head[:3]
-        self.snatches, self.recount_at, self.emptied, self.state = head[6:]
-        self.tally = head[3:6] if self.pages > 1 else self.first.counted
-        if self.state == RETIRED:
-            raise RetiredError
-        if info_hash != self.info_hash or not self.pages or self.state > RETIRED:
-            raise DamagedError("its head is not that of this swarm")
-        peers, leechers, partial_seeds = self.tally
-        if not partial_seeds <= leechers <= peers <= self.pages * SLOTS:
-            raise DamagedError("its head counts the peers wrong")
+        is_known = self.first and data[:_HEADS] == self.first.data[:_HEADS]
+        if is_known and len(data) == PAGE:
+            self.first.data = data  # all that follows from the head still stands
+        else:
+            self._read_first(data)
         ttl = self.settings.peer_ttl
         if 0 < self.first.oldest < now - ttl:
             self._forget_expired(self.first)
         is_due = self.pages > 1 and not now < self.recount_at <= now + ttl
         if is_due or self.state == CHANGING:
             self._recount()
+
+    def _read_first(self, data):
+        """Take in the first page, of 4096 bytes, or none in a new file."""
+        self.first = None
+        first = Page(0, data) if data else self._new_first()
+        head = _SWARM_HEAD.unpack_from(first.data, _PAGE_HEAD.size)
+        info_hash, self.salt, self.pages = head[:3]
+        self.snatches, self.recount_at, self.emptied, self.state = head[6:]
+        self.tally = head[3:6] if self.pages > 1 else first.counted
+        if self.state == RETIRED:
+            raise RetiredError
+        if info_hash != self.info_hash or not self.pages or self.state > RETIRED:
+            raise DamagedError("its head is not that of this swarm")
+        peers, leechers, partial_seeds = self.tally
+        is_right = partial_seeds <= leechers <= peers <= self.pages * SLOTS
+        if self.state == QUIET and not is_right:
+            raise DamagedError("its head counts the peers wrong")
+        self.first = first
 
     def _new_first(self):
         """Return the first page of a swarm that has only just got a file."""
@@ -788,22 +807,37 @@ class Swarm:
 
     def announce(self, announce, wanted):
         """Record an announce; return (Counts, Peers), as Store.announce says."""
-        page, slot = self._locate(announce.peer_id)
-        if slot < 0:
-            if announce.event == "stopped":
-                return self.counts(), NOBODY
-            own, is_first = self._arrive(page, announce), True
-        elif page.repeats(slot, announce):
-            self._write_seen(page, slot, announce)
-            own, is_first = page.endpoints(slot), announce.event == "started"
-        else:
-            own, is_first = self._change(page, slot, announce)
+        own, is_first = self._note_same(announce) or self._record(announce)
         if announce.event == "stopped" or not wanted:
             return self.counts(), NOBODY
         seeders_too = is_first or announce.left != 0
-        return self.counts(), self._choose(
-            wanted, seeders_too, own, not announce.compact
-        )
+        with_ids = not announce.compact
+        return self.counts(), self._choose(wanted, seeders_too, own, with_ids)
+
+    def _note_same(self, announce):
+        """Write that a peer is still there, if that is all it says, as most do.
+
+        Return then what ``_record`` would.
+        """
+        endpoint = _endpoint(announce)
+        for number in self._homes(announce.peer_id) if self.pages > 1 else (0,):
+            page = self.first if number == 0 else self._page(number)
+            slot = page.find_same(announce, endpoint)
+            if slot >= 0:
+                family = _SEEN4_AT if len(endpoint) == 6 else _SEEN6_AT
+                at = number * PAGE + _WHOS + slot * _WHO.size + family
+                self._pwrite(self.now.to_bytes(4, "little"), at)
+                return page.endpoints(slot), announce.event == "started"
+        return None
+
+    def _record(self, announce):
+        """Record what is new; return the peer's endpoints, and whether one is new."""
+        page, slot = self._locate(announce.peer_id)
+        if slot >= 0:
+            return self._change(page, slot, announce)
+        if announce.event == "stopped":
+            return (b"", b""), False
+        return self._arrive(page, announce), True
 
     def _arrive(self, page, announce):
         """Put a new peer in; return its endpoints, as Page.endpoints does."""
@@ -836,7 +870,8 @@ class Swarm:
     def counts(self):
         """Return the swarm's Counts."""
         peers, leechers, partial_seeds = self.tally
-        return Counts(peers - leechers, leechers, partial_seeds, self.snatches)
+        seeders = peers - leechers
+        return _tuple(Counts, (seeders, leechers, partial_seeds, self.snatches))
 
     def is_forgettable(self):
         """Return whether nobody is in the swarm and nothing of it is worth keeping."""
@@ -847,31 +882,38 @@ class Swarm:
         """Tell all others who have the file open that it is not to be used any more."""
         self._pwrite(bytes((RETIRED,)), _HEADS - 1)
 
-    def _choose(self, wanted, seeders_too, own, with_ids):
-        """Return up to ``wanted`` Peers, from a random page on; see Page.pick."""
-        ask = seeders_too, own, with_ids
+    def _choose(self, *ask):
+        """Return up to ``wanted`` Peers, of a random page first; see Page.pick."""
         if self.pages == 1:
-            return Peers(*self.first.pick(wanted, *ask))
-        number = self._random_page(wanted)
-        ids, ends4, ends6 = self._page(number).pick(wanted, *ask)
-        for _ in range(min(self.pages - 1, 1 + wanted // SPARSE)):
-            lacking = wanted - max(len(ends4) // 6, len(ends6) // 18)
-            if lacking > wanted // 4:  # three quarters are not worth another page
-                number = (number + 1) % self.pages
-                more = self._page(number).pick(lacking, *ask)
-                ids, ends4, ends6 = ids + more[0], ends4 + more[1], ends6 + more[2]
-        return Peers(ids, ends4, ends6)
+            return _tuple(Peers, self.first.pick(*ask))
+        home, start = next(iter(self.loaded), 0), self._random_page(ask[0])
+        found = self._page(start).pick(*ask)
+        if _lacking(found, ask[0]):
+            found = self._choose_more(found, [start], home, ask)
+        return _tuple(Peers, found)
 
     def _random_page(self, wanted):
         """Return the number of a page, for few peers rather a full one's.
 
         Else those who share a page with few would be handed out more often.
         """
-        for _ in range(2 if wanted < FILL else 0):
-            number = int(random() * self.pages)
-            if random() * SLOTS < self._page(number).peers:
-                return number
+        number = int(random() * self.pages)
+        if wanted >= FILL or random() * SLOTS < self._page(number).peers:
+            return number
         return int(random() * self.pages)
+
+    def _choose_more(self, found, looked_in, home, ask):
+        """Return more than was found: of the page where the peer itself belongs, which
+        is read already, and of those that follow."""
+        wanted, start = ask[0], looked_in[0]
+        for number in (home, *range(start + 1, start + 2 + wanted // SPARSE)):
+            number %= self.pages
+            lacking = _lacking(found, wanted)
+            if lacking and number not in looked_in:
+                looked_in.append(number)
+                more = self._page(number).pick(lacking, *ask[1:])
+                found = tuple(map(add, found, more))
+        return found
 
     def _refuse_excess(self, page, address):
         """Raise TrackerError if the swarm, or an address in it, has too many peers.
@@ -892,40 +934,38 @@ class Swarm:
     # Where in the file a peer is
 
     def _homes(self, peer_id):
-        """Return the numbers of the two pages a peer may be in (linear hashing).
+        """Return the numbers of the pages, at most two, a peer may be in.
 
-        The hash is salted, so that nobody can choose peer_ids that crowd one page.
+        This is linear hashing. The hash is salted, so that nobody can choose peer_ids
+        that crowd one page.
         """
         if self.pages == 1:
-            return 0, 0
-        digest = blake2b(peer_id, key=self.salt, digest_size=8).digest()
-        number = int.from_bytes(digest, "little")
+            return (0,)
+        digest = blake2b(peer_id, salt=self.salt, digest_size=8).digest()
         whole = 1 << (self.pages - 1).bit_length()  # the next power of two
-        half = whole // 2  # of the pages from half on, not all are there yet
-        first, second = number % whole, (number >> 32) % whole
+        first, second = _HASHES.unpack(digest)
+        first, second = first % whole, second % whole
+        # Of the pages of the second half, not all are there yet.
         return (
-            first if first < self.pages else first - half,
-            second if second < self.pages else second - half,
+            first if first < self.pages else first - whole // 2,
+            second if second < self.pages else second - whole // 2,
         )
 
     def _locate(self, peer_id):
         """Return (page, slot) of a peer, or (one of its pages, -1)."""
-        if self.pages == 1:
-            return self.first, self.first.find(peer_id)
-        first, second = self._homes(peer_id)
-        page = self._page(first)
-        slot = page.find(peer_id)
-        if slot < 0 and second != first:
-            page = self._page(second)
+        for number in self._homes(peer_id):
+            page = self._page(number)
             slot = page.find(peer_id)
+            if slot >= 0:
+                break
         return page, slot
 
     def _page_with_room(self, peer_id):
         """Return the page to put a new peer in; the file grows as the swarm does."""
         while True:
-            first, second = map(self._page, self._homes(peer_id))
-            is_better = first.peers >= CROWDED and second.peers < first.peers
-            page = second if is_better else first
+            homes = [self._page(number) for number in self._homes(peer_id)]
+            is_crowded = homes[0].peers >= CROWDED
+            page = min(homes, key=Page.counts) if is_crowded else homes[0]
             is_dense = self.pages > 1 and self.tally[0] >= self.pages * FILL
             if page.peers < SLOTS and not is_dense:
                 return page
@@ -1057,12 +1097,6 @@ class Swarm:
         head = self._head()
         self.first.put(_PAGE_HEAD.size, head)
         self._pwrite(head, _PAGE_HEAD.size)
-
-    def _write_seen(self, page, slot, announce):
-        """Write that a peer is still there, which is all that most announces say."""
-        family = _SEEN4_AT if len(announce.address) == 4 else _SEEN6_AT
-        at = page.number * PAGE + _WHOS + slot * _WHO.size + family
-        self._pwrite(self.now.to_bytes(4, "little"), at)
 
     def _head(self):
         self.emptied = 0 if self.tally[0] else self.emptied or self.now
@@ -1222,22 +1256,24 @@ class FileStore(Store):
         """
         if not 0 <= now - self._opened < 10 or self._process != os.getpid():
             self._open, self._opened, self._process = {}, now, os.getpid()
-        for _ in range(100):  # others may drop or damage the file before it is locked
-            swarm = self._open.get(info_hash) or self._open_swarm(info_hash, create)
-            if swarm is None:
-                return None
-            with swarm.lock:
-                fcntl.flock(swarm.fd, fcntl.LOCK_EX)
-                try:
-                    swarm.begin(now)
-                    return work(swarm, *arguments)
-                except RetiredError:
-                    self._remove(swarm)
-                except DamagedError as error:
-                    self._set_aside(swarm, error)
-                finally:
-                    fcntl.flock(swarm.fd, fcntl.LOCK_UN)
-        raise OSError(errno.EIO, "the swarm file does not stay usable")
+        swarm = self._open.get(info_hash) or self._open_swarm(info_hash, create)
+        if swarm is None:
+            return None
+        with swarm.lock:
+            fcntl.flock(swarm.fd, fcntl.LOCK_EX)
+            try:
+                swarm.begin(now)
+                return work(swarm, *arguments)
+            except RetiredError:
+                self._remove(swarm)
+            except DamagedError as error:
+                self._set_aside(swarm, error)
+            except BaseException:
+                swarm.first = None  # it may differ now from what is in the file
+                raise
+            finally:
+                fcntl.flock(swarm.fd, fcntl.LOCK_UN)
+        return self._visit(info_hash, now, create, work, *arguments)
 
     def _open_swarm(self, info_hash, create):
         """Open a swarm file, and keep it open; return None if there is none."""
@@ -1445,12 +1481,14 @@ class BitBreeze(Flask):
         if answer is None:
             return super().wsgi_app(environ, start_response)
         headers = [("Content-Type", "text/plain; charset=iso-8859-1")]
-        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+        method = environ["REQUEST_METHOD"]
+        if method != "GET" and method != "HEAD":
             start_response("405 Method Not Allowed", [*headers, ("Allow", "GET, HEAD")])
             return [b"Clients announce and scrape with GET.\n"]
         body = self._answer(answer, environ)
-        start_response("200 OK", [*headers, ("Content-Length", str(len(body)))])
-        return [body] if environ["REQUEST_METHOD"] == "GET" else []
+        headers.append(("Content-Length", str(len(body))))
+        start_response("200 OK", headers)
+        return [body] if method == "GET" else []
 
     def _answer(self, answer, environ):
         """Return the reply to an announce or a scrape, or why there is none."""
@@ -1465,7 +1503,8 @@ class BitBreeze(Flask):
 
 def _answer_announce(tracker, environ, now):
     announce = parse_announce(environ)
-    return announce_reply(announce, *tracker.announce(announce, now), tracker.settings)
+    counts, peers, interval = tracker.announce(announce, now)
+    return announce_reply(announce, counts, peers, interval, tracker.settings)
 
 
 def _answer_scrape(tracker, environ, now):
