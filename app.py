@@ -13,6 +13,7 @@ Parsing and replying are pure functions, ``now`` is an argument, and only the ed
     Settings   every setting once, where it is read from, what it may be
     Errors     the one exception whose text a client reads
     Values     what the rooms hand to each other
+    Addresses  who is asking, and who can reach whom
     Requests   from a raw query to values
     Replies    from values to bencoded bytes
     Store      the contract, and peers in locked files
@@ -27,13 +28,15 @@ import fcntl
 import ipaddress
 import logging
 import os
+import re
 import socket
 import struct
 import sys
 import time
 import zlib
 from collections import namedtuple
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import zip_longest
@@ -66,10 +69,39 @@ class Setting(NamedTuple):
     unit: str  # "" where the value speaks for itself
     help: str
     least: int = 0  # the smallest number allowed
+    parse: Callable = str.strip  # makes of a text its value, or raises ValueError
 
 
 class SettingsError(ValueError):
     """A setting is unknown or has a bad value; one sentence for the operator."""
+
+
+def _public_ip(text):
+    """Return the addresses in a list by their length in bytes, 4 or 16."""
+    found = [ipaddress.ip_address(part).packed for part in _parts(text)]
+    by_length = {len(address): address for address in found}
+    if len(by_length) < len(found) or any(map(private_network, found)):
+        raise ValueError(
+            "not one IPv4 address, one IPv6 address, or both, of the internet"
+        )
+    return by_length
+
+
+def _networks(text):
+    """Return the networks in a list; "unix" is for those who come over a socket."""
+    return [p if p == "unix" else ipaddress.ip_network(p) for p in _parts(text)]
+
+
+def _header(text):
+    """Return the key of a WSGI environ under which a header is found."""
+    name = text.strip()
+    if name and not re.fullmatch("[A-Za-z0-9-]+", name):
+        raise ValueError("not the name of a header")
+    return name and "HTTP_" + name.upper().replace("-", "_")
+
+
+def _parts(text):
+    return text.replace(",", " ").split()
 
 
 SETTINGS = (
@@ -89,6 +121,26 @@ SETTINGS = (
         "in a swarm from one address (IPv6: one /64) at the most, 0 for any number",
     ),
     Setting("full_scrape", False, "", "answer a scrape of no torrent with all"),
+    Setting(
+        "proxies", 0, "proxies",
+        "in front of the tracker: a client is that many from the right in"
+        " X-Forwarded-For",
+    ),
+    Setting(
+        "address_header", "", "",
+        "header that names the client, such as CF-Connecting-IP or X-Real-IP, in place"
+        " of X-Forwarded-For", parse=_header,
+    ),
+    Setting(
+        "proxy_networks", "", "networks",
+        "of the proxies, such as 10.0.0.0/8, or unix: no header of others is believed",
+        parse=_networks,
+    ),
+    Setting(
+        "public_ip", "", "addresses",
+        "of the tracker's own network as the world sees it (IPv4, IPv6 or both): its"
+        " peers with private addresses are handed out under them", parse=_public_ip,
+    ),
 )  # fmt: skip
 
 Settings = namedtuple("Settings", [setting.name for setting in SETTINGS])
@@ -96,7 +148,9 @@ Settings = namedtuple("Settings", [setting.name for setting in SETTINGS])
 
 def load_settings(overrides=None, environ=os.environ, ini=HERE / "wsgi.ini"):
     """Return the Settings from all sources; raise SettingsError for a bad one."""
-    values = {setting.name: setting.default for setting in SETTINGS}
+    values = {}
+    for setting in SETTINGS:
+        values[setting.name] = _checked(setting.name, setting.default, "the default")
     for source, given in (
         (f"[tracker] in {ini}", _read_ini(ini)),
         ("the environment", _read_environ(environ)),
@@ -130,22 +184,30 @@ def _checked(name, value, source):
     else:
         known = ", ".join(setting.name for setting in SETTINGS)
         raise SettingsError(f"{source} sets '{name}', which is not one of: {known}")
-    kind = type(setting.default)
     try:
-        if isinstance(value, str) and kind is bool:
-            value = configparser.ConfigParser.BOOLEAN_STATES[value.strip().lower()]
-        elif isinstance(value, str):
-            value = kind(value.strip())
-        if type(value) is not kind or (kind is int and value < setting.least):
-            raise ValueError
-    except (KeyError, ValueError):
-        wanted = {bool: "yes or no", str: "text"}.get(
-            kind, f"a whole number of {setting.unit}, {setting.least} or more"
-        )
-        raise SettingsError(
-            f"{source} sets {name} to {value!r}, not {wanted}"
-        ) from None
-    return value
+        return _typed(setting, value)
+    except ValueError as error:
+        raise SettingsError(f"{source} sets {name} to {value!r}, {error}") from None
+
+
+def _typed(setting, value):
+    """Return a value as its setting wants it; raise ValueError for what it is not."""
+    kind, is_text = type(setting.default), isinstance(value, str)
+    if kind is str:
+        if is_text:
+            return setting.parse(value)
+        raise ValueError("not text")
+    if kind is bool:
+        states = configparser.ConfigParser.BOOLEAN_STATES
+        value = states.get(value.strip().lower()) if is_text else value
+        if type(value) is bool:
+            return value
+        raise ValueError("not yes or no")
+    with suppress(ValueError):
+        value = int(value) if is_text else value
+        if type(value) is int and value >= setting.least:
+            return value
+    raise ValueError(f"not a whole number of {setting.unit}, {setting.least} or more")
 
 
 def _check_together(settings):
@@ -163,6 +225,14 @@ def _check_together(settings):
         (
             settings.numwant > settings.max_numwant,
             f"numwant must be at most max_numwant, {settings.max_numwant} peers",
+        ),
+        (
+            settings.address_header and settings.proxies,
+            "proxies and address_header are two ways to the same: set one of them",
+        ),
+        (
+            settings.address_header and not settings.proxy_networks,
+            "address_header needs proxy_networks: anyone else could send that header",
         ),
     ):
         if is_wrong:
@@ -231,6 +301,153 @@ class Totals(NamedTuple):
 _tuple = tuple.__new__  # makes a named tuple for a third of what calling it costs
 
 
+# -- Addresses ------------------------------------------------------------------------
+# A wrong address is what breaks most trackers: the swarm looks well, and nobody can
+# connect. So an address that is not certain is refused, and a proxy's is never kept.
+
+_WITH_PORT = re.compile(r"\[(.+)\](?::\d+)?|([\d.]+):\d+")
+LOOPBACK = 0, 0
+
+
+def client_address(environ, settings):
+    """Return the client's address, 4 or 16 bytes; raise TrackerError if it is hidden.
+
+    A header is believed as far as ``settings`` say that proxies of ours wrote it: what
+    stands to the left of their entries in X-Forwarded-For is the client's own word.
+    """
+    remote = environ.get("REMOTE_ADDR", "")
+    if settings.proxies or settings.address_header:
+        networks = settings.proxy_networks
+        if not networks or _is_among(networks, remote):
+            return _told_address(environ, settings)
+    try:
+        return parse_address(remote)
+    except ValueError:
+        raise TrackerError(
+            f"this tracker cannot see your address, only {remote!r}. Operator: have the"
+            " proxy in front send X-Forwarded-For, and set proxies = 1"
+        ) from None
+
+
+@lru_cache(maxsize=10000)
+def parse_address(text):
+    """Return an address as 4 or 16 bytes, or raise ValueError.
+
+    IPv4 in IPv6, as some servers write it, is IPv4: clients drop it otherwise.
+    """
+    if len(text) > 64:  # IPv6 with a zone that could have any length
+        raise ValueError("too long for an address")
+    address = ipaddress.ip_address(text)
+    return (getattr(address, "ipv4_mapped", None) or address).packed
+
+
+def _is_among(networks, remote):
+    try:
+        address = ipaddress.ip_address(parse_address(remote))
+    except ValueError:  # there is none of those who come over a Unix socket
+        return "unix" in networks
+    return any(network != "unix" and address in network for network in networks)
+
+
+def _told_address(environ, settings):
+    """Return the address in the header of our proxies."""
+    proxies, key = settings.proxies, settings.address_header or "HTTP_X_FORWARDED_FOR"
+    name, value = key[5:].replace("_", "-").title(), environ.get(key, "")
+    if proxies:
+        # Each appends whom it saw, perhaps in a line of its own: servers join them.
+        entries = value.rsplit(",", proxies) if value.strip() else []
+        if len(entries) < proxies:
+            raise TrackerError(
+                f"this tracker cannot see your address: {name} has {len(entries)} of"
+                f" {proxies} entries. Operator: set proxies to the number of proxies in"
+                " front that append to it"
+            )
+        value = entries[-proxies]
+    text = value.strip(' \t"')
+    with_port = _WITH_PORT.fullmatch(text)
+    with suppress(ValueError):
+        address = parse_address(with_port[1] or with_port[2] if with_port else text)
+        if any(address) and address[0] < (224 if len(address) == 4 else 255):
+            return address
+    raise TrackerError(
+        f"this tracker cannot see your address: {name} says {value[:60]!r} where it"
+        " belongs. Operator: look at what the proxy sends, and at the setting proxies"
+    )
+
+
+_PRIVATE = [
+    ipaddress.ip_network(network)
+    for network in (
+        *("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16"),
+        *("100.64.0.0/10", "fc00::/7", "fe80::/10"),
+    )
+]
+# The first two bytes of private IPv4 addresses, as numbers of this machine.
+_PRIVATE_STARTS = frozenset(
+    int.from_bytes(start.to_bytes(2, "big"), sys.byteorder)
+    for network in (ipaddress.ip_network("127.0.0.0/8"), *_PRIVATE[:5])
+    for start in range(int(network[0]) >> 16, (int(network[-1]) >> 16) + 1)
+)
+
+_PRIVATE_STARTS6 = frozenset(b"\0\xfc\xfd\xfe")  # 0 is that of ::1
+
+
+@lru_cache(maxsize=10000)
+def private_network(address):
+    """Return what tells the private network of an address (4 or 16 bytes), or None.
+
+    LOOPBACK is the machine of the tracker itself.
+    """
+    ip = ipaddress.ip_address(address)
+    if ip.is_loopback:
+        return LOOPBACK
+    for network in _PRIVATE:
+        if ip.version == network.version and ip in network:
+            # One site's are IPv6 addresses that begin with the same 48 bits (RFC 4193).
+            return ip.version, address[:6] if ip.version == 6 else network
+    return None
+
+
+def peers_for(asker, peers, public_ip):
+    """Return Peers under the addresses that a peer at ``asker`` can reach them.
+
+    A private address is for those on the same private network. To others it goes as
+    the address in ``public_ip`` of its length, behind which the tracker and its
+    neighbours are, or as none.
+    """
+    ids, ends4, ends6 = peers
+    if not _PRIVATE_STARTS.isdisjoint(memoryview(ends4).cast("H")[::3]):
+        ends4 = _reachable_from(asker, ends4, 6, public_ip)
+    if ends6 and not _PRIVATE_STARTS6.isdisjoint(ends6[::18]):
+        ends6 = _reachable_from(asker, ends6, 18, public_ip)
+    return _tuple(Peers, (ids, ends4, ends6))
+
+
+def _reachable_from(asker, column, width, public_ip):
+    """Return a column of endpoints as ``asker`` can reach them; see peers_for."""
+    found, here = [], private_network(asker)
+    if here == LOOPBACK:
+        return column  # whoever is beside the tracker is on all its networks
+    for at in range(0, len(column), width):
+        endpoint = bytes(column[at : at + width])
+        there = private_network(endpoint[:-2])
+        if there and not _reaches(here, there):
+            public = public_ip.get(width - 2)
+            endpoint = public + endpoint[-2:] if public else bytes(width)
+        found.append(endpoint)
+    return b"".join(found)
+
+
+def _reaches(here, there):
+    """Return whether one private network can reach another; None is the internet.
+
+    Of two families it is taken that they are the tracker's own network in both.
+    """
+    if not here or here == there or there == LOOPBACK:
+        return here == there
+    return here[0] != there[0]
+
+
 # -- Requests -------------------------------------------------------------------------
 # Never through Flask's request.args: it decodes to text, and an info_hash is 20 bytes
 # of anything, so that %FF and the byte FF can no longer be told apart.
@@ -242,7 +459,7 @@ _LEFT_OUT = dict.fromkeys(
 )  # fmt: skip
 
 
-def parse_announce(environ):
+def parse_announce(environ, settings):
     """Return the Announce in a WSGI environ; raise TrackerError for a bad one (BEP 3).
 
     Announced addresses (ip, ipv4, ipv6) are ignored: whoever could name another's
@@ -264,7 +481,7 @@ def parse_announce(environ):
     return _tuple(Announce, (
         info_hash,
         peer_id,
-        parse_address(environ.get("REMOTE_ADDR", "")),
+        client_address(environ, settings),
         _port(given["port"]),
         _left(given["left"]),
         event if event in _EVENTS else "",  # nobody is shut out for a new one
@@ -281,18 +498,6 @@ def parse_scrape(environ):
     """Return the info_hashes (20 bytes each) a scrape asks for, [] for all (BEP 48)."""
     parts = environ.get("QUERY_STRING", "").split("&")
     return [_info_hash(part[10:]) for part in parts if part.startswith("info_hash=")]
-
-
-@lru_cache(maxsize=10000)
-def parse_address(text):
-    """Return an address as 4 or 16 bytes: 4 for IPv4 in IPv6, which clients drop."""
-    try:
-        address = ipaddress.ip_address(text.partition("%")[0])
-    except ValueError:
-        raise TrackerError(
-            f"this tracker cannot see your address: REMOTE_ADDR is {text!r}"
-        ) from None
-    return (getattr(address, "ipv4_mapped", None) or address).packed
 
 
 @lru_cache(maxsize=10000)
@@ -1367,6 +1572,7 @@ class Tracker:
         if wanted < 0:
             wanted = settings.numwant
         counts, peers = self.store.announce(announce, wanted, now)
+        peers = peers_for(announce.address, peers, settings.public_ip)
         self.store.tidy(now)
         # A tenth more or less, so that those who came together do not return together.
         return counts, peers, int(settings.interval * (0.9 + 0.2 * random()))
@@ -1502,7 +1708,7 @@ class BitBreeze(Flask):
 
 
 def _answer_announce(tracker, environ, now):
-    announce = parse_announce(environ)
+    announce = parse_announce(environ, tracker.settings)
     counts, peers, interval = tracker.announce(announce, now)
     return announce_reply(announce, counts, peers, interval, tracker.settings)
 

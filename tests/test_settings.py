@@ -1,5 +1,6 @@
 """Settings: where they come from, what they may be, and that README has them all."""
 
+from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,10 @@ def test_foreign_sections_are_left_alone(tmp_path):
         ("full_scrape", "Off", False),
         ("full_scrape", True, True),
         ("title", "Ünser Tracker", "Ünser Tracker"),
+        ("public_ip", "", {}),
+        ("public_ip", "192.0.2.1", {4: bytes((192, 0, 2, 1))}),
+        ("public_ip", "::2, 1.2.3.4", {4: b"\1\2\3\4", 16: bytes(15) + b"\2"}),
+        ("proxy_networks", "unix, 10.0.0.0/8", ["unix", ip_network("10.0.0.0/8")]),
     ],
 )
 def test_values(name, value, expected):
@@ -63,6 +68,17 @@ def test_values(name, value, expected):
         ({"min_interval": 1700}, "min_interval must be at most 1620 seconds"),
         ({"peer_ttl": 1980}, "peer_ttl must be more than 1980 seconds"),
         ({"numwant": 200}, "numwant must be at most max_numwant, 100 peers"),
+        ({"proxies": "-1"}, "not a whole number of proxies"),
+        ({"public_ip": "here"}, "'here' does not appear to be an IPv4 or IPv6 address"),
+        ({"public_ip": "10.0.0.1"}, "public_ip to '10.0.0.1', not one IPv4 address"),
+        ({"public_ip": "192.0.2.1 192.0.2.2"}, "not one IPv4 address, one IPv6"),
+        ({"address_header": "X-Real-IP:"}, "not the name of a header"),
+        ({"address_header": "X-Real-IP"}, "address_header needs proxy_networks"),
+        (
+            {"address_header": "X-Real-IP", "proxies": 1, "proxy_networks": "unix"},
+            "proxies and address_header are two ways to the same",
+        ),
+        ({"proxy_networks": "10.0.0.1/8"}, "10.0.0.1/8 has host bits set"),
     ],
 )
 def test_bad_settings_are_refused(given, sentence):
