@@ -18,7 +18,8 @@ Parsing and replying are pure functions, ``now`` is an argument, and only the ed
     Replies    from values to bencoded bytes
     Store      the contract, and peers in locked files
     Tracker    announce and scrape over a store: no sockets, no HTTP
-    Pages      the WSGI door, the front page, the numbers as JSON
+    Door       the WSGI door, where announce and scrape are answered; CGI
+    Pages      the front page, the numbers as JSON
     Commands   python app.py
 """
 
@@ -48,9 +49,6 @@ from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
 
 import bencoder
-import click
-from flask import Blueprint, Flask, current_app, render_template_string, request
-from flask.logging import default_handler, has_level_handler
 
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger("bitbreeze")
@@ -1091,10 +1089,10 @@ class Swarm:
         """Return up to ``wanted`` Peers, of a random page first; see Page.pick."""
         if self.pages == 1:
             return _tuple(Peers, self.first.pick(*ask))
-        home, start = next(iter(self.loaded), 0), self._random_page(ask[0])
+        start = self._random_page(ask[0])
         found = self._page(start).pick(*ask)
         if _lacking(found, ask[0]):
-            found = self._choose_more(found, [start], home, ask)
+            found = self._choose_more(found, start, ask)
         return _tuple(Peers, found)
 
     def _random_page(self, wanted):
@@ -1107,16 +1105,16 @@ class Swarm:
             return number
         return int(random() * self.pages)
 
-    def _choose_more(self, found, looked_in, home, ask):
-        """Return more than was found: of the page where the peer itself belongs, which
-        is read already, and of those that follow."""
-        wanted, start = ask[0], looked_in[0]
-        for number in (home, *range(start + 1, start + 2 + wanted // SPARSE)):
-            number %= self.pages
-            lacking = _lacking(found, wanted)
-            if lacking and number not in looked_in:
-                looked_in.append(number)
-                more = self._page(number).pick(lacking, *ask[1:])
+    def _choose_more(self, found, start, ask):
+        """Return more than was found in page ``start``, of those that follow.
+
+        Not the asker's own, though it is read already: it would meet the same.
+        """
+        wanted = ask[0]
+        last = start + min(self.pages, 2 + wanted // SPARSE)
+        for number in range(start + 1, last):
+            if lacking := _lacking(found, wanted):
+                more = self._page(number % self.pages).pick(lacking, *ask[1:])
                 found = tuple(map(add, found, more))
         return found
 
@@ -1604,9 +1602,103 @@ class Tracker:
         return self._totals
 
 
+def open_tracker(settings):
+    """Return the Tracker that keeps its peers where ``settings`` say."""
+    return Tracker(settings, FileStore(HERE / settings.data, settings))
+
+
+# -- Door -----------------------------------------------------------------------------
+# Announce and scrape are answered before Flask has made a request of them: that would
+# cost more than the whole announce. Pages go through Flask.
+
+
+class Door:
+    """The WSGI application that answers announces and scrapes itself."""
+
+    def __init__(self, tracker, pages):
+        """Hand on to ``pages``, a WSGI application."""
+        self.tracker, self.pages = tracker, pages
+
+    def __call__(self, environ, start_response):
+        answer = _answer_of(environ.get("PATH_INFO", ""))
+        if answer is None:
+            return self.pages(environ, start_response)
+        headers = [("Content-Type", "text/plain; charset=iso-8859-1")]
+        method = environ["REQUEST_METHOD"]
+        if method != "GET" and method != "HEAD":
+            start_response("405 Method Not Allowed", [*headers, ("Allow", "GET, HEAD")])
+            return [b"Clients announce and scrape with GET.\n"]
+        body = self._reply(answer, environ)
+        headers.append(("Content-Length", str(len(body))))
+        start_response("200 OK", headers)
+        return [body] if method == "GET" else []
+
+    def _reply(self, answer, environ):
+        """Return the reply to an announce or a scrape, or why there is none."""
+        try:
+            return answer(self.tracker, environ, int(time.time()))
+        except TrackerError as refusal:
+            return failure_reply(str(refusal), self.tracker.settings)
+        except Exception:
+            log.exception("%s failed", environ["PATH_INFO"])
+            return failure_reply("internal error", self.tracker.settings)
+
+
+def _answer_announce(tracker, environ, now):
+    announce = parse_announce(environ, tracker.settings)
+    counts, peers, interval = tracker.announce(announce, now)
+    return announce_reply(announce, counts, peers, interval, tracker.settings)
+
+
+def _answer_scrape(tracker, environ, now):
+    return scrape_reply(tracker.scrape(parse_scrape(environ), now), tracker.settings)
+
+
+_ANSWERS = {
+    "/announce": _answer_announce,
+    "/announce.php": _answer_announce,  # BitStorm's
+    "/scrape": _answer_scrape,
+    "/scrape.php": _answer_scrape,
+}
+
+
+def _answer_of(path):
+    """Return what answers a path, or None if that is a page.
+
+    The end of the path decides: hosts differ in how much of a prefix they cut.
+    """
+    return _ANSWERS.get(path) or _ANSWERS.get("/" + path.rstrip("/").rpartition("/")[2])
+
+
+def answer_cgi(application):
+    """Answer the one request that a web server has started this program for."""
+    from wsgiref.handlers import CGIHandler  # which nobody else needs
+
+    CGIHandler().run(application)
+
+
+is_cgi = __name__ == "__main__" and "GATEWAY_INTERFACE" in os.environ
+if is_cgi and _answer_of(os.environ.get("PATH_INFO", "")):
+    # A program that lives for one announce ends here: all that is above takes a third
+    # of the time that Flask takes to be imported.
+    try:
+        answer_cgi(Door(open_tracker(load_settings()), pages=None))
+    except SettingsError as error:
+        sys.exit(f"app.py: {error}")  # for the web server's error log
+    sys.exit()
+
+
 # -- Pages ----------------------------------------------------------------------------
-# Announce and scrape are answered here, at the WSGI door, before Flask has made a
-# request of them: that would cost more than the whole announce. Pages go through Flask.
+
+import click  # noqa: E402  (why so late: see the end of Door)
+from flask import (  # noqa: E402
+    Blueprint,
+    Flask,
+    current_app,
+    render_template_string,
+    request,
+)
+from flask.logging import default_handler, has_level_handler  # noqa: E402
 
 PAGE_HTML = """\
 <!doctype html>
@@ -1671,58 +1763,13 @@ def stats():
 
 
 class BitBreeze(Flask):
-    """The application, and the door at which announce and scrape are answered."""
+    """The application; announces and scrapes do not get past its door."""
 
     def __init__(self, settings):
         super().__init__(__name__, static_folder=None)
-        self.tracker = Tracker(settings, FileStore(HERE / settings.data, settings))
+        self.tracker = open_tracker(settings)
+        self.wsgi_app = Door(self.tracker, self.wsgi_app)
         self.register_blueprint(pages)
-
-    def wsgi_app(self, environ, start_response):
-        # The end of the path decides: hosts differ in how much of a prefix they cut.
-        path = environ["PATH_INFO"]
-        answer = _ANSWERS.get(path) or _ANSWERS.get(
-            "/" + path.rstrip("/").rpartition("/")[2]
-        )
-        if answer is None:
-            return super().wsgi_app(environ, start_response)
-        headers = [("Content-Type", "text/plain; charset=iso-8859-1")]
-        method = environ["REQUEST_METHOD"]
-        if method != "GET" and method != "HEAD":
-            start_response("405 Method Not Allowed", [*headers, ("Allow", "GET, HEAD")])
-            return [b"Clients announce and scrape with GET.\n"]
-        body = self._answer(answer, environ)
-        headers.append(("Content-Length", str(len(body))))
-        start_response("200 OK", headers)
-        return [body] if method == "GET" else []
-
-    def _answer(self, answer, environ):
-        """Return the reply to an announce or a scrape, or why there is none."""
-        try:
-            return answer(self.tracker, environ, int(time.time()))
-        except TrackerError as refusal:
-            return failure_reply(str(refusal), self.tracker.settings)
-        except Exception:
-            log.exception("%s failed", environ["PATH_INFO"])
-            return failure_reply("internal error", self.tracker.settings)
-
-
-def _answer_announce(tracker, environ, now):
-    announce = parse_announce(environ, tracker.settings)
-    counts, peers, interval = tracker.announce(announce, now)
-    return announce_reply(announce, counts, peers, interval, tracker.settings)
-
-
-def _answer_scrape(tracker, environ, now):
-    return scrape_reply(tracker.scrape(parse_scrape(environ), now), tracker.settings)
-
-
-_ANSWERS = {
-    "/announce": _answer_announce,
-    "/announce.php": _answer_announce,  # BitStorm's
-    "/scrape": _answer_scrape,
-    "/scrape.php": _answer_scrape,
-}
 
 
 def create_app(overrides=None):
@@ -1833,5 +1880,7 @@ except SettingsError as error:
     raise
 app.cli.add_command(serve)
 
-if __name__ == "__main__":
+if is_cgi:
+    answer_cgi(app)
+elif __name__ == "__main__":
     main(sys.argv[1:])

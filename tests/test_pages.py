@@ -1,93 +1,13 @@
-"""Pages: the paths, methods and errors at the door, the front page and its numbers."""
+"""Pages: the front page, and its numbers as JSON."""
 
 import json
-import logging
 
 import bencoder
-import pytest
 from conftest import Client, escape, peer_id
 
 import app as bitbreeze
 
 QUERY = f"info_hash={escape(b'h' * 20)}&peer_id={escape(peer_id(1))}&port=6881&left=0"
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/announce",
-        "/announce/",
-        "/announce.php",
-        "/announce.php/",
-        "//announce",
-        "/x/announce",
-    ],
-)
-def test_announce_paths(tracker, path):
-    status, headers, body = tracker().get(path, QUERY)
-    assert status == "200 OK"
-    assert bencoder.bdecode(body)[b"complete"] == 1
-    assert headers["Content-Type"].startswith("text/plain")
-
-
-@pytest.mark.parametrize("path", ["/scrape", "/scrape/", "/scrape.php"])
-def test_scrape_paths(tracker, path):
-    assert b"files" in bencoder.bdecode(tracker().get(path, QUERY)[2])
-
-
-@pytest.mark.parametrize(
-    "path", ["/announcement", "/announce.html", "/peers", "/announce/x"]
-)
-def test_other_paths_are_not_found(tracker, path):
-    assert tracker().get(path, QUERY)[0] == "404 NOT FOUND"
-
-
-def test_head_is_get_without_body(tracker):
-    client = tracker()
-    status, headers, body = client.get("/announce", QUERY, method="HEAD")
-    assert (status, body) == ("200 OK", b"")
-    assert int(headers["Content-Length"]) > 0
-
-
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
-@pytest.mark.parametrize("path", ["/announce", "/scrape", "/"])
-def test_other_methods_are_not_allowed(tracker, method, path):
-    status, headers, _ = tracker().get(path, QUERY, method=method)
-    assert status.upper() == "405 METHOD NOT ALLOWED"
-    assert "GET" in headers["Allow"]
-
-
-def test_flask_test_client_passes_the_same_door(tmp_path):
-    app = bitbreeze.create_app({"data": str(tmp_path)})
-    reply = app.test_client().get("/announce?" + QUERY)
-    assert bencoder.bdecode(reply.data)[b"complete"] == 1
-
-
-def test_refusals_are_200_with_a_reason(tracker):
-    status, _, body = tracker().get("/announce", "info_hash=" + "ab" * 20)
-    assert status == "200 OK"
-    reply = bencoder.bdecode(body)
-    assert (
-        reply[b"failure reason"]
-        == b"info_hash must be 20 bytes, these are 40: is it hex?"
-    )
-    assert (reply[b"interval"], reply[b"min interval"], reply[b"retry in"]) == (
-        1800,
-        300,
-        30,
-    )
-
-
-def test_our_faults_are_logged_once_and_not_shown(tracker, caplog, monkeypatch):
-    client = tracker()
-    with monkeypatch.context() as patch:
-        patch.setattr(client.app.tracker.store, "announce", lambda *_: {}["secret"])
-        reply = client.announce(1)
-    assert reply[b"failure reason"] == b"internal error"
-    assert b"interval" in reply
-    assert [record.levelno for record in caplog.records] == [logging.ERROR]
-    assert "KeyError: 'secret'" in caplog.text
-    assert client.announce(1)[b"incomplete"] == 1
 
 
 def test_front_page(tracker):

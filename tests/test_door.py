@@ -1,0 +1,148 @@
+"""Door: paths, methods and errors, and a process for every request (CGI)."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import bencoder
+import pytest
+from conftest import escape, peer_id
+
+import app as bitbreeze
+
+QUERY = f"info_hash={escape(b'h' * 20)}&peer_id={escape(peer_id(1))}&port=6881&left=0"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/announce",
+        "/announce/",
+        "/announce.php",
+        "/announce.php/",
+        "//announce",
+        "/x/announce",
+    ],
+)
+def test_announce_paths(tracker, path):
+    status, headers, body = tracker().get(path, QUERY)
+    assert status == "200 OK"
+    assert bencoder.bdecode(body)[b"complete"] == 1
+    assert headers["Content-Type"].startswith("text/plain")
+
+
+@pytest.mark.parametrize("path", ["/scrape", "/scrape/", "/scrape.php"])
+def test_scrape_paths(tracker, path):
+    assert b"files" in bencoder.bdecode(tracker().get(path, QUERY)[2])
+
+
+@pytest.mark.parametrize(
+    "path", ["/announcement", "/announce.html", "/peers", "/announce/x"]
+)
+def test_other_paths_are_not_found(tracker, path):
+    assert tracker().get(path, QUERY)[0] == "404 NOT FOUND"
+
+
+def test_head_is_get_without_body(tracker):
+    client = tracker()
+    status, headers, body = client.get("/announce", QUERY, method="HEAD")
+    assert (status, body) == ("200 OK", b"")
+    assert int(headers["Content-Length"]) > 0
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
+@pytest.mark.parametrize("path", ["/announce", "/scrape", "/"])
+def test_other_methods_are_not_allowed(tracker, method, path):
+    status, headers, _ = tracker().get(path, QUERY, method=method)
+    assert status.upper() == "405 METHOD NOT ALLOWED"
+    assert "GET" in headers["Allow"]
+
+
+def test_flask_test_client_passes_the_same_door(tmp_path):
+    app = bitbreeze.create_app({"data": str(tmp_path)})
+    reply = app.test_client().get("/announce?" + QUERY)
+    assert bencoder.bdecode(reply.data)[b"complete"] == 1
+
+
+def test_refusals_are_200_with_a_reason(tracker):
+    status, _, body = tracker().get("/announce", "info_hash=" + "ab" * 20)
+    assert status == "200 OK"
+    reply = bencoder.bdecode(body)
+    assert (
+        reply[b"failure reason"]
+        == b"info_hash must be 20 bytes, these are 40: is it hex?"
+    )
+    assert (reply[b"interval"], reply[b"min interval"], reply[b"retry in"]) == (
+        1800,
+        300,
+        30,
+    )
+
+
+def test_our_faults_are_logged_once_and_not_shown(tracker, caplog, monkeypatch):
+    client = tracker()
+    with monkeypatch.context() as patch:
+        patch.setattr(client.app.tracker.store, "announce", lambda *_: {}["secret"])
+        reply = client.announce(1)
+    assert reply[b"failure reason"] == b"internal error"
+    assert b"interval" in reply
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+    assert "KeyError: 'secret'" in caplog.text
+    assert client.announce(1)[b"incomplete"] == 1
+
+
+def cgi(folder, path, query=QUERY, method="GET", **environ):
+    """Run app.py as a web server runs a CGI program; return its headers and body."""
+    kept = {name: os.environ[name] for name in ("PATH",) if name in os.environ}
+    return subprocess.run(
+        [sys.executable, bitbreeze.__file__],
+        env={
+            **kept,
+            "GATEWAY_INTERFACE": "CGI/1.1",
+            "TRACKER_DATA": str(folder / "data"),
+            "REQUEST_METHOD": method,
+            "SCRIPT_NAME": "/cgi-bin/app.py",
+            "PATH_INFO": path,
+            "QUERY_STRING": query,
+            "REMOTE_ADDR": "192.0.2.1",
+            "SERVER_NAME": "tracker.test",
+            "SERVER_PORT": "80",
+            "SERVER_PROTOCOL": "HTTP/1.1",
+            **environ,
+        },
+        capture_output=True,
+        timeout=20,
+    )
+
+
+def test_cgi_answers_an_announce_without_flask(tmp_path):
+    done = cgi(tmp_path, "/announce", PYTHONPROFILEIMPORTTIME="1")
+    head, _, body = done.stdout.partition(b"\r\n\r\n")
+    assert head.startswith(b"Status: 200 OK")
+    assert bencoder.bdecode(body)[b"complete"] == 1
+    imported = {line.split(b"|")[-1].strip() for line in done.stderr.splitlines()}
+    assert b"bencoder" in imported
+    assert imported.isdisjoint({b"flask", b"werkzeug", b"jinja2", b"click"})
+
+
+def test_cgi_answers_scrapes_and_pages(tmp_path):
+    assert cgi(tmp_path, "/announce").returncode == 0
+    assert b"8:completei1e" in cgi(tmp_path, "/scrape").stdout
+    front = cgi(tmp_path, "/", query="").stdout
+    assert front.startswith(b"Status: 200 OK")
+    assert b"http://tracker.test/cgi-bin/app.py/announce" in front
+
+
+def test_cgi_answers_a_bad_announce_with_a_reason(tmp_path):
+    done = cgi(tmp_path, "/announce", query="")
+    assert b"info_hash is missing" in done.stdout
+    assert not done.stderr
+
+
+@pytest.mark.parametrize("path", ["/announce", "/"])
+def test_cgi_tells_the_error_log_of_a_bad_setting(tmp_path, path):
+    done = cgi(tmp_path, path, TRACKER_INTERVAL="soon")
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"app.py: the environment sets interval to 'soon'")
+    assert len(done.stderr.splitlines()) == 1
