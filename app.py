@@ -19,13 +19,15 @@ Parsing and replying are pure functions, ``now`` is an argument, and only the ed
     Store      the contract, and peers in locked files
     Tracker    announce and scrape over a store: no sockets, no HTTP
     Door       the WSGI door, where announce and scrape are answered; CGI
-    Pages      the front page, the numbers as JSON
+    Doctor     what may be wrong with this host, and what to set
+    Pages      the front page, the numbers as JSON, the doctor's page
     Commands   python app.py
 """
 
 import configparser
 import errno
 import fcntl
+import hmac
 import ipaddress
 import logging
 import os
@@ -117,6 +119,10 @@ SETTINGS = (
     Setting(
         "max_peers_per_address", 1000, "peers",
         "in a swarm from one address (IPv6: one /64) at the most, 0 for any number",
+    ),
+    Setting(
+        "operator_key", "", "",
+        "opens the page /doctor?key=... to whoever knows it; if empty, nobody does",
     ),
     Setting("full_scrape", False, "", "answer a scrape of no torrent with all"),
     Setting(
@@ -675,6 +681,10 @@ class Store:
         """Yield (info_hash, Counts) of every swarm that has peers or snatches."""
         raise NotImplementedError
 
+    def peers(self, now):
+        """Yield (info_hash, Peers) of every swarm, with all the peers that are kept."""
+        raise NotImplementedError
+
     def tidy(self, now):
         """Do a little housekeeping when it is due: nobody else does it."""
         raise NotImplementedError
@@ -873,6 +883,13 @@ class Page:
         """Return a peer's endpoints, (IPv4, IPv6), b"" for a family it has not."""
         at4, at6 = _ENDS4 + slot * 6, _ENDS6 + slot * 18
         return _present(self.data[at4 : at4 + 6], self.data[at6 : at6 + 18])
+
+    def columns(self):
+        """Return all peers, as the columns of Peers."""
+        data, number = self.data, self.peers
+        ids = b"".join(_IDS.unpack_from(data, _WHOS)[:number])
+        ends4 = data[_ENDS4 : _ENDS4 + number * 6]
+        return ids, ends4, data[_ENDS6 : _ENDS6 + number * 18]
 
     def pick(self, wanted, seeders_too, own, with_ids):
         """Return at random up to ``wanted`` peers, as the columns of Peers.
@@ -1075,6 +1092,12 @@ class Swarm:
         peers, leechers, partial_seeds = self.tally
         seeders = peers - leechers
         return _tuple(Counts, (seeders, leechers, partial_seeds, self.snatches))
+
+    def peers(self):
+        """Return all Peers of the swarm."""
+        found = [self._page(number).columns() for number in range(self.pages)]
+        self.loaded.clear()  # that was the whole swarm
+        return Peers(*map(b"".join, zip(*found, strict=True)))
 
     def is_forgettable(self):
         """Return whether nobody is in the swarm and nothing of it is worth keeping."""
@@ -1426,6 +1449,12 @@ class FileStore(Store):
         # A kill may have left the number wrong; if nobody used it meanwhile, mend it.
         self._count_swarms(lambda number: found if number == before else number)
 
+    def peers(self, now):
+        for info_hash, _ in self.swarms(now):
+            found = self._visit(info_hash, now, False, Swarm.peers)
+            if found:
+                yield info_hash, found
+
     def tidy(self, now):
         """Look through one of the 256 folders, at most every ten seconds."""
         if abs(now - self._tidied) >= 10:
@@ -1688,17 +1717,504 @@ if is_cgi and _answer_of(os.environ.get("PATH_INFO", "")):
     sys.exit()
 
 
+# -- Doctor ---------------------------------------------------------------------------
+# A finding is one line: what was found, why it matters, what to do. The host is looked
+# at from inside, and a tracker through all that stands in front of it, as clients do.
+
+import email.utils  # noqa: E402  (why so late: see the end of Door)
+import http.client  # noqa: E402
+from random import sample  # noqa: E402
+from urllib.parse import urlencode, urljoin, urlsplit  # noqa: E402
+
+OK, WARNING, FAILURE = "ok", "warning", "failure"
+NETWORK_FILE_SYSTEMS = (
+    "nfs",
+    "cifs",
+    "smb",
+    "9p",
+    "afs",
+    "fuse.sshfs",
+    "ceph",
+    "lustre",
+)
+
+
+class Finding(NamedTuple):
+    """What the doctor found: a level, and one line of text."""
+
+    level: str  # OK, WARNING or FAILURE
+    text: str
+
+
+def examine_host(tracker, now):
+    """Yield Findings about the data folder, its locks, the clock and the peers."""
+    folder, existed = tracker.store.folder, os.path.isdir(tracker.store.folder)
+    probe = f"{folder}/doctor.{os.getpid()}"
+    try:
+        os.makedirs(folder, 0o700, exist_ok=True)
+        with open(probe, "wb") as file:
+            file.write(bytes(PAGE))
+        yield Finding(OK, f"The data folder {folder} can be written.")
+        yield from _examine_disk(folder)
+        yield from _examine_locks(probe)
+        yield from _examine_clock(now, os.stat(probe).st_mtime)
+        if existed:
+            yield from _examine_peers(tracker, int(now))
+    except OSError as error:
+        yield Finding(
+            FAILURE,
+            f"The data folder {folder} cannot be used: {error.strerror}. No peer can be"
+            " kept. Make it writable for the user that the server runs as, or set data"
+            " to another folder.",
+        )
+    finally:
+        with suppress(OSError):
+            os.unlink(probe)
+        with suppress(OSError):
+            if not existed:
+                os.rmdir(folder)
+
+
+def _examine_disk(folder):
+    space = os.statvfs(folder)
+    free, files = space.f_bavail * space.f_frsize // 2**20, space.f_favail
+    if free < 100 or 0 < space.f_files and files < 1000:
+        yield Finding(
+            WARNING,
+            f"The disk of {folder} has room for {free} MB and {files} files. When it is"
+            " full, announces fail. Make room, or set data to a folder elsewhere.",
+        )
+    kind = _file_system(folder)
+    if kind.startswith(NETWORK_FILE_SYSTEMS):
+        yield Finding(
+            WARNING,
+            f"{folder} is on a network file system ({kind}). Whether its locks exclude"
+            " workers on other machines cannot be seen from here. Set data to a folder"
+            " on a local disk, if there is one.",
+        )
+    damaged = f"{folder}/damaged"
+    if os.path.isdir(damaged) and (number := len(os.listdir(damaged))):
+        yield Finding(
+            WARNING,
+            f"{number} damaged swarm files are in {damaged}. Something else wrote into"
+            " them, or the disk is failing. Look at the error log, then remove them.",
+        )
+
+
+def _file_system(folder):
+    """Return the type of the file system of a folder, "" where that is not told."""
+    path, best = os.path.realpath(folder) + "/", ("", "")
+    with suppress(OSError), open("/proc/mounts", encoding="utf-8") as mounts:
+        for line in mounts:
+            mounted, kind = line.split()[1:3]
+            if path.startswith(mounted.rstrip("/") + "/"):
+                best = max(best, (mounted, kind), key=lambda found: len(found[0]))
+    return best[1]
+
+
+def _examine_locks(probe):
+    """Lock a file and see whether a thread and a process are kept out of it."""
+    with open(probe, "rb+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # Each thread opens swarm files itself, and flock tells openings apart.
+        excluded = {"threads": _is_locked(probe)}
+        child = os.fork()
+        if not child:
+            os._exit(_is_locked(probe))
+        excluded["processes"] = os.waitpid(child, 0)[1] != 0
+    for who, is_excluded in excluded.items():
+        if is_excluded:
+            yield Finding(OK, f"Locks in the data folder exclude two {who}.")
+        else:
+            yield Finding(
+                FAILURE,
+                f"Locks in the data folder do not exclude two {who}. They will write"
+                " over each other's peers. Set data to a folder on a local disk.",
+            )
+
+
+def _is_locked(path):
+    try:
+        with open(path, "rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+
+
+def _examine_clock(now, written):
+    """``written`` is when the file system says that a file was written just now."""
+    made = os.stat(__file__).st_mtime
+    if now < made - 86400:
+        yield Finding(
+            FAILURE,
+            f"The clock says {time.ctime(now)}, but app.py was copied here after that."
+            " Peers would be kept too long when it is corrected. Set the clock.",
+        )
+    elif abs(now - written) > 60:
+        yield Finding(
+            WARNING,
+            f"The clock and that of the data folder's disk differ by"
+            f" {abs(now - written):.0f} seconds. One of the two machines is wrong. Have"
+            " both keep their clocks by NTP.",
+        )
+    else:
+        yield Finding(OK, f"The clock says {time.ctime(now)}.")
+
+
+def _examine_peers(tracker, now):
+    """See where a thousand peers come from."""
+    ids, addresses = set(), []
+    for _, peers in tracker.store.peers(now):
+        ids.update(_cut(peers.ids, 20))
+        addresses += [end[:-2] for end in _cut(peers.endpoints4, 6) if any(end)]
+        addresses += [end[:-2] for end in _cut(peers.endpoints6, 18) if any(end)]
+        if len(ids) > 1000:
+            break
+    seen = set(addresses)
+    if len(ids) > 4 and len(seen) == 1:
+        yield Finding(
+            WARNING,
+            f"All {len(ids)} peers looked at come from {_shown(seen.pop())}. If that is"
+            " a proxy, none of them can be reached. Set proxies to the number of those"
+            " in front; the page /doctor?key=... shows what they send.",
+        )
+    elif ids:
+        yield Finding(OK, f"{len(ids)} peers looked at have {len(seen)} addresses.")
+    private = sum(1 for address in addresses if private_network(address))
+    if private and not tracker.settings.public_ip:
+        yield Finding(
+            WARNING,
+            f"{private} peers have private addresses. They are handed to their own"
+            " network only. Set public_ip to the address the world sees them under.",
+        )
+
+
+def _cut(column, width):
+    return [bytes(column[at : at + width]) for at in range(0, len(column), width)]
+
+
+def _shown(address):
+    return str(ipaddress.ip_address(address))
+
+
+def examine_request(environ, settings):
+    """Yield Findings about who a request seems to come from.
+
+    It is the operator's, from a browser, which sends no X-Forwarded-For by itself.
+    """
+    remote = environ.get("REMOTE_ADDR", "")
+    forwarded = environ.get("HTTP_X_FORWARDED_FOR", "")
+    entries = len(forwarded.split(",")) if forwarded.strip() else 0
+    headers = f"The server knows {remote!r}, X-Forwarded-For is {forwarded[:200]!r}."
+    try:
+        address = _shown(client_address(environ, settings))
+    except TrackerError as refusal:
+        yield Finding(FAILURE, f"Announces are refused: {refusal}. {headers}")
+        return
+    if entries > settings.proxies and not settings.address_header:
+        yield Finding(
+            FAILURE,
+            f"You seem to come from {address}, but {entries} proxies told whom they"
+            f" forward, and proxies is {settings.proxies}. All peers get a proxy's"
+            f" address, and nobody can connect. Set proxies = {entries}. {headers}",
+        )
+    else:
+        yield Finding(
+            OK,
+            f"You come from {address}. If that is not your own address, but a proxy's,"
+            f" set proxies to one more than {settings.proxies}. {headers}",
+        )
+
+
+class Unanswered(Exception):
+    """A tracker did not answer as one; the text says what came instead."""
+
+
+def examine_url(url, clock):
+    """Yield Findings about the tracker at ``url``, asked as clients ask.
+
+    It announces three peers in a swarm that nobody else has, and stops them again.
+    ``clock`` returns seconds since 1970.
+    """
+    try:
+        base, moved = _follow(_base_of(url))
+        if moved:
+            yield Finding(
+                WARNING,
+                f"{moved} redirects to {base}. Every announce takes two requests. Give"
+                f" clients {base}/announce.",
+            )
+        yield Finding(OK, f"Clients announce to {base}/announce, and it answers.")
+        yield from _examine_front_page(base, clock)
+        yield from _examine_scrape(base)
+        yield from _examine_addresses(base)
+        yield from _examine_ipv6(base)
+        yield from _examine_private_files(base)
+    except Unanswered as error:
+        yield Finding(FAILURE, str(error))
+
+
+def _base_of(url):
+    """Return a URL without what stands behind the announce URL's prefix."""
+    url = url if "://" in url else f"http://{url}"
+    base = url.partition("?")[0].rstrip("/")
+    for path in _ANSWERS:
+        base = base.removesuffix(path)
+    with suppress(ValueError):
+        parts = urlsplit(base)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return base
+    raise Unanswered(f"{url} is no URL of a tracker: say http://NAME:PORT/announce.")
+
+
+def _follow(base):
+    """Return where a tracker answers, and where it moved from, "" if it did not."""
+    moved = ""
+    for _ in range(5):
+        response, body, _ = _get(f"{base}/announce")
+        to = response.getheader("Location")
+        if not 301 <= response.status <= 308 or not to:
+            _decoded(response, body)
+            return base, moved
+        moved, base = f"{base}/announce", _base_of(urljoin(f"{base}/announce", to))
+    raise Unanswered(f"{base}/announce redirects for ever. Look at the front end.")
+
+
+def _get(url, headers=None):
+    """Return the response to a GET, its body, and the address that it was sent from."""
+    parts = urlsplit(url)
+    kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+    connection = kinds[parts.scheme](
+        parts.hostname, parts.port, timeout=10, source_address=_source(parts.hostname)
+    )
+    target = f"{parts.path or '/'}?{parts.query}"
+    try:
+        connection.request(
+            "GET", target, headers={"User-Agent": "BitBreeze-doctor", **(headers or {})}
+        )
+        own = parse_address(connection.sock.getsockname()[0])
+        response = connection.getresponse()
+        return response, response.read(2**20), own
+    except (OSError, http.client.HTTPException) as error:
+        raise Unanswered(
+            f"{url.partition('?')[0]} does not answer: {error or type(error).__name__}."
+            " No client gets further. See that the server runs, that its port is open,"
+            " and that one more request is answered while it is busy."
+        ) from None
+    finally:
+        connection.close()
+
+
+def _source(host):
+    """Return where to ask a host from: not from the address of its own proxies."""
+    with suppress(OSError):
+        if sys.platform == "linux" and socket.gethostbyname(host) == "127.0.0.1":
+            return "127.0.0.2", 0
+    return None
+
+
+def _decoded(response, body):
+    with suppress(Exception):  # whatever it is, it is not what a tracker answers
+        reply = bencoder.bdecode(body)
+        if response.status == 200 and isinstance(reply, dict):
+            return reply
+    kind = response.getheader("Content-Type", "nothing")
+    raise Unanswered(
+        f"The answer was {response.status} {response.reason}, {kind}, not a tracker's."
+        " Clients cannot read it. See that the front end hands /announce and /scrape to"
+        " app.py, and asks no visitor to prove anything."
+    )
+
+
+def _examine_front_page(base, clock):
+    response, body, _ = _get(f"{base}/")
+    date = response.getheader("Date")
+    if date and abs(ahead := _seconds(date) - clock()) > 60:
+        yield Finding(
+            WARNING,
+            f"The server's clock and this one differ by {abs(ahead):.0f} seconds. One"
+            " of them is wrong. Set it by NTP.",
+        )
+    shown = re.search(rb"<code>(.*?)</code>", body)
+    if not shown or shown[1].decode(errors="replace") != f"{base}/announce":
+        told = shown[1].decode(errors="replace") if shown else "no announce URL"
+        yield Finding(
+            WARNING,
+            f"The front page shows {told}, not {base}/announce. Users copy it from"
+            " there. Have the front end pass on Host, and set X-Forwarded-Proto where"
+            " it takes https; that is believed if proxies is set.",
+        )
+
+
+def _seconds(date):
+    """Return a Date header in seconds since 1970."""
+    return email.utils.parsedate_to_datetime(date).timestamp()
+
+
+def _examine_scrape(base):
+    values = bytes(sample(range(256), 256)) * 5
+    hashes = [values[at : at + 20] for at in range(0, 1200, 20)]
+    if _scrape(base, hashes[:13]) != set(hashes[:13]):  # has every byte there is
+        yield Finding(
+            FAILURE,
+            "Binary info_hashes do not survive the way to app.py. Clients never meet."
+            " Look for rewrite rules that put the query together anew: Apache's need"
+            " the flags QSA, or B and NE.",
+        )
+        return
+    yield Finding(OK, "Binary info_hashes survive the way to app.py.")
+    with suppress(Unanswered):
+        if _scrape(base, hashes) == set(hashes):
+            yield Finding(OK, "A scrape of 60 torrents passes.")
+            return
+    yield Finding(
+        FAILURE,
+        "A scrape of 60 torrents, 4.3 kB, does not pass. Transmission sends such. Set"
+        " gunicorn's --limit-request-line 8190, uWSGI's buffer-size = 32768, or nginx'"
+        " large_client_header_buffers 4 16k.",
+    )
+
+
+def _scrape(base, hashes):
+    """Return the set of info_hashes that the answer to a scrape has."""
+    query = "&".join("info_hash=" + "".join(f"%{b:02x}" for b in h) for h in hashes)
+    response, body, _ = _get(f"{base}/scrape?{query}")
+    return set(_decoded(response, body).get(b"files", ()))
+
+
+# Addresses for documentation (RFC 5737), none of which a client can have.
+_FORGED = {
+    "X-Forwarded-For": "198.51.100.1",
+    "X-Real-IP": "198.51.100.2",
+    "CF-Connecting-IP": "198.51.100.3",
+    "True-Client-IP": "198.51.100.4",
+    "X-Client-IP": "198.51.100.5",
+    "Forwarded": "for=198.51.100.6",
+}
+
+
+def _address_of(port, reply):
+    """Return the address of the peer with a port in a reply, or None."""
+    for key, width in ((b"peers", 6), (b"peers6", 18)):
+        for endpoint in _cut(reply.get(key, b""), width):
+            if endpoint[-2:] == port.to_bytes(2, "big"):
+                return endpoint[:-2]
+    return None
+
+
+def _announce_thrice(base):
+    """Announce plainly, with forged headers, and to ask for both.
+
+    Return the addresses that were kept of the two, None for none, and our own.
+    """
+    swarm, who = os.urandom(20), b"-BBDOCT-" + os.urandom(11).hex().encode()[:11]
+
+    def announce(port, headers=None, event="started"):
+        parameters = {"info_hash": swarm, "peer_id": who + b"%d" % (port % 10)}
+        query = urlencode({**parameters, "port": port, "left": 1, "event": event})
+        response, body, own = _get(f"{base}/announce?{query}", headers)
+        reply = _decoded(response, body)
+        if b"failure reason" in reply:
+            reason = reply[b"failure reason"].decode(errors="replace")
+            raise Unanswered(f"Announces are refused: {reason}.")
+        return reply, own
+
+    try:
+        announce(50001)
+        announce(50002, _FORGED)
+        reply, own = announce(50003)
+        return _address_of(50001, reply), _address_of(50002, reply), own
+    finally:
+        with suppress(Unanswered):
+            for port in (50001, 50002, 50003):
+                announce(port, event="stopped")
+
+
+def _examine_addresses(base):
+    kept, forged, own = _announce_thrice(base)
+    believed = [n for n, v in _FORGED.items() if forged and v.endswith(_shown(forged))]
+    if not kept or not forged:
+        yield Finding(
+            FAILURE,
+            "A peer was not told of the two that announced before. Something in front"
+            " caches answers, or the workers have different data folders. Have nothing"
+            " cached, and set data to one folder.",
+        )
+    elif believed:
+        yield Finding(
+            FAILURE,
+            f"The tracker believes a client's own {believed[0]}. Anybody can aim swarms"
+            " at others. Set proxies to the number of proxies in front (it is too"
+            " high), or proxy_networks to where they are.",
+        )
+    elif kept == own or (
+        private_network(own) and own[0] != 127 and not private_network(kept)
+    ):
+        yield Finding(
+            OK,
+            f"The tracker sees this machine as {_shown(kept)}, whatever it claims.",
+        )
+    else:
+        yield Finding(
+            FAILURE,
+            f"The tracker takes this machine, {_shown(own)}, for {_shown(kept)}. If"
+            " that is a proxy's address, all peers get it, and nobody can connect. Set"
+            " proxies to the number of proxies in front (it is too low).",
+        )
+
+
+def _examine_ipv6(base):
+    parts = urlsplit(base)
+    port = parts.port or http.client.HTTPS_PORT * (parts.scheme == "https") or 80
+    try:
+        found = socket.getaddrinfo(
+            parts.hostname, port, socket.AF_INET6, socket.SOCK_STREAM
+        )
+    except OSError:
+        yield Finding(OK, f"{parts.hostname} has no IPv6 address: it needs none.")
+        return
+    try:
+        socket.create_connection(found[0][4][:2], timeout=5).close()
+        yield Finding(OK, f"{parts.hostname} answers over IPv6, too.")
+    except OSError as error:
+        yield Finding(
+            WARNING,
+            f"{parts.hostname} has the IPv6 address {found[0][4][0]}, which does not"
+            f" answer here: {error.strerror}. Clients with IPv6 wait for it. Have the"
+            " server listen there, or take the address out of DNS, unless this machine"
+            " has no IPv6.",
+        )
+
+
+def _examine_private_files(base):
+    """See whether the web server hands out what lies beside app.py."""
+    folders = {base, base.rpartition("/")[0]} if base.count("/") > 2 else {base}
+    for folder in sorted(folders):
+        for name, start in (("wsgi.ini", b"# BitBreeze"), ("data/swarms.count", b"")):
+            response, body, _ = _get(f"{folder}/{name}")
+            if response.status == 200 and (len(body) == 8 or body[:11] == start):
+                yield Finding(
+                    FAILURE,
+                    f"Anybody can read {folder}/{name}. Peers' addresses and keys are"
+                    " not for the public. Set data to a folder outside of what the web"
+                    " server shows, and deny it all but app.py.",
+                )
+
+
 # -- Pages ----------------------------------------------------------------------------
 
 import click  # noqa: E402  (why so late: see the end of Door)
 from flask import (  # noqa: E402
     Blueprint,
     Flask,
+    abort,
     current_app,
     render_template_string,
     request,
 )
 from flask.logging import default_handler, has_level_handler  # noqa: E402
+from werkzeug.middleware.proxy_fix import ProxyFix  # noqa: E402
 
 PAGE_HTML = """\
 <!doctype html>
@@ -1740,6 +2256,33 @@ one you have.</p>
 </html>
 """
 
+DOCTOR_HTML = """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta name="robots" content="noindex">
+<title>Doctor</title>
+<style>
+  body { font: 1rem/1.5 system-ui, sans-serif; max-width: 46rem; margin: auto;
+         padding: 1rem 1rem 3rem; overflow-wrap: anywhere }
+  ul { list-style: none; padding: 0 }
+  li { border-left: .4rem solid #2e8b57; padding: .25rem .75rem; margin: .75rem 0 }
+  li.warning { border-color: #d08700 }
+  li.failure { border-color: #c8281e }
+</style>
+<h1>Doctor</h1>
+<ul>
+  {% for finding in findings -%}
+  <li class="{{ finding.level }}"><b>{{ finding.level }}</b>: {{ finding.text }}</li>
+  {% endfor %}
+</ul>
+<p><a href="?{{ {"key": key, "through": 1} | urlencode }}">Ask this tracker through its
+own front end</a>, as <code>python app.py doctor URL</code> does from anywhere.</p>
+</html>
+"""
+
 pages = Blueprint("pages", __name__)
 
 
@@ -1755,6 +2298,23 @@ def front():
     )
 
 
+@pages.get("/doctor")
+def doctor_page():
+    """The doctor's findings of this host and of this request, for the operator."""
+    tracker, now = current_app.tracker, time.time()
+    key = tracker.settings.operator_key
+    if not key or not hmac.compare_digest(request.args.get("key", ""), key):
+        abort(404)
+    findings = [
+        *examine_host(tracker, now),
+        *examine_request(request.environ, tracker.settings),
+    ]
+    if "through" in request.args:
+        findings += examine_url(request.url_root, time.time)
+    page = render_template_string(DOCTOR_HTML, findings=findings, key=key)
+    return page, {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
+
+
 @pages.get("/stats.json")
 def stats():
     """The numbers of the front page, for programs on any site."""
@@ -1768,7 +2328,11 @@ class BitBreeze(Flask):
     def __init__(self, settings):
         super().__init__(__name__, static_folder=None)
         self.tracker = open_tracker(settings)
-        self.wsgi_app = Door(self.tracker, self.wsgi_app)
+        pages_app = self.wsgi_app
+        if settings.proxies or settings.address_header:
+            # Whether clients come by https, only the proxy knows.
+            pages_app = ProxyFix(pages_app, x_for=0, x_proto=1)
+        self.wsgi_app = Door(self.tracker, pages_app)
         self.register_blueprint(pages)
 
 
@@ -1865,6 +2429,29 @@ def _own_name(host):
             return "localhost"
 
 
+@click.command()
+@click.argument("url", required=False)
+def doctor(url):
+    """Say what is wrong with this host, or with the tracker at URL, and what to set.
+
+    The exit code is 1 if anything is.
+    """
+    if url:
+        findings = examine_url(url, time.time)
+    else:
+        findings = examine_host(app.tracker, time.time())
+    failures = 0
+    for finding in findings:
+        click.echo(f"{finding.level:8} {finding.text}")
+        failures += finding.level == FAILURE
+    if not url:
+        click.echo(
+            "\nThat was the host. The way through its web server is examined from"
+            " outside, by\n  app.py doctor URL"
+        )
+    sys.exit(bool(failures))
+
+
 def main(arguments):
     """Run a command of app.py; without the name of one, ``serve``."""
     if not arguments or arguments[0] not in (*app.cli.commands, "--help"):
@@ -1879,6 +2466,7 @@ except SettingsError as error:
         sys.exit(f"app.py: {error}")
     raise
 app.cli.add_command(serve)
+app.cli.add_command(doctor)
 
 if is_cgi:
     answer_cgi(app)

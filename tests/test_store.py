@@ -261,6 +261,23 @@ def test_one_address_cannot_fill_a_swarm(make_store):
     assert 600 < refused <= 900
 
 
+@pytest.mark.parametrize("number", [3, 300])
+def test_peers_are_all_of_every_swarm(make_store, number):
+    store = make_store()
+    for info_hash in (HASH, HASH[::-1]):
+        for peer in range(number):
+            Swarm(store, info_hash).announce(peer)
+            Swarm(store, info_hash).announce(peer, address=ipv6(peer))
+    Swarm(store, b"e" * 20).announce(1, event="stopped")
+    found = dict(store.peers(NOW))
+    assert set(found) == {HASH, HASH[::-1]}
+    for peers in found.values():
+        columns = (endpoints(c, w) for c, w in zip(peers, (20, 6, 18), strict=True))
+        assert {
+            (who, end4, end6[:-2]) for who, end4, end6 in zip(*columns, strict=True)
+        } == {(peer_id(peer), endpoint(peer), ipv6(peer)) for peer in range(number)}
+
+
 def test_empty_swarms_keep_their_snatches(make_store):
     swarm = Swarm(make_store(swarm_ttl=5000))
     swarm.announce(1, event="completed", left=0)

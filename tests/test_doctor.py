@@ -1,0 +1,392 @@
+"""Doctor: every fault it knows is made, and named; without one it is content."""
+
+import os
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from contextlib import contextmanager
+from socketserver import ThreadingMixIn
+from threading import Thread
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+import pytest
+from conftest import NOW
+from servers import ROOT, free_port, gunicorn, serving
+
+import app as bitbreeze
+
+OK, WARNING, FAILURE = bitbreeze.OK, bitbreeze.WARNING, bitbreeze.FAILURE
+
+
+class Quiet(WSGIRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+class Threaded(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+@contextmanager
+def served(app):
+    """Serve a WSGI application meanwhile; yield its URL."""
+    server = make_server("127.0.0.1", 0, app, Threaded, Quiet)
+    thread = Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def texts(findings, level):
+    return [finding.text for finding in findings if finding.level == level]
+
+
+# The host
+
+
+def test_a_good_host(tracker, tmp_path):
+    client = tracker()
+    for peer in range(10):
+        client.announce(peer, address=f"192.0.2.{peer}")
+    findings = list(bitbreeze.examine_host(client.app.tracker, time.time()))
+    assert {finding.level for finding in findings} == {OK}
+    assert "10 peers looked at have 10 addresses." in texts(findings, OK)
+
+
+def test_it_leaves_nothing_behind(tracker, tmp_path):
+    list(bitbreeze.examine_host(tracker().app.tracker, time.time()))
+    assert not list(tmp_path.iterdir())
+
+
+def one_address(client, _):
+    for peer in range(5):
+        client.announce(peer, address="192.0.2.1")
+
+
+def private_address(client, _):
+    client.announce(1, address="192.168.1.2")
+
+
+def damage(client, patch):
+    folder = f"{client.app.tracker.store.folder}/damaged"
+    os.makedirs(folder)
+    open(f"{folder}/x", "w").close()
+
+
+def no_locks(_, patch):
+    patch.setattr(bitbreeze.fcntl, "flock", lambda *_: None)
+
+
+def no_space(_, patch):
+    Space = namedtuple("Space", "f_bavail f_frsize f_favail f_files")
+    patch.setattr(bitbreeze.os, "statvfs", lambda _: Space(10, 4096, 10, 100))
+
+
+def network(_, patch):
+    patch.setattr(bitbreeze, "_file_system", lambda _: "nfs4")
+
+
+def foreign_clock(_, patch):
+    examine = bitbreeze._examine_clock
+    patch.setattr(bitbreeze, "_examine_clock", lambda now, _: examine(now, now + 90))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "level", "text"),
+    [
+        (one_address, WARNING, "All 5 peers looked at come from 192.0.2.1."),
+        (private_address, WARNING, "1 peers have private addresses."),
+        (damage, WARNING, "1 damaged swarm files are in"),
+        (no_locks, FAILURE, "do not exclude two threads"),
+        (no_locks, FAILURE, "do not exclude two processes"),
+        (no_space, WARNING, "has room for 0 MB and 10 files"),
+        (network, WARNING, "is on a network file system (nfs4)"),
+        (foreign_clock, WARNING, "differ by 90 seconds"),
+    ],
+)
+def test_faults_of_a_host(tracker, monkeypatch, spoil, level, text):
+    client = tracker()
+    with monkeypatch.context() as patch:
+        spoil(client, patch)
+        findings = list(bitbreeze.examine_host(client.app.tracker, time.time()))
+    assert any(text in found for found in texts(findings, level))
+
+
+def test_a_folder_that_cannot_be_written(tracker, tmp_path):
+    (tmp_path / "data").touch()
+    (finding,) = bitbreeze.examine_host(tracker().app.tracker, NOW)
+    assert finding.level == FAILURE
+    assert f"{tmp_path / 'data'} cannot be used: File exists." in finding.text
+    assert "set data to another folder" in finding.text
+
+
+def test_a_clock_that_is_behind(tracker):
+    findings = bitbreeze.examine_host(tracker().app.tracker, 1_000_000_000)
+    assert "The clock says Sun Sep  9" in texts(findings, FAILURE)[0]
+
+
+def test_file_system_is_told():
+    assert bitbreeze._file_system("/proc") in ("proc", "")
+
+
+# A tracker from outside. Each front is a way to spoil it.
+
+
+def plain(app):
+    return app
+
+
+def proxy(app):
+    def front(environ, start_response):
+        forwarded = environ.get("HTTP_X_FORWARDED_FOR")
+        entries = [forwarded] if forwarded else []
+        entries.append(environ["REMOTE_ADDR"])
+        environ["HTTP_X_FORWARDED_FOR"] = ", ".join(entries)
+        environ["REMOTE_ADDR"] = "127.0.0.1"
+        return app(environ, start_response)
+
+    return front
+
+
+def careless_proxy(app):
+    """It sets X-Real-IP unless the client did."""
+
+    def front(environ, start_response):
+        environ.setdefault("HTTP_X_REAL_IP", environ["REMOTE_ADDR"])
+        environ["REMOTE_ADDR"] = "127.0.0.1"
+        return app(environ, start_response)
+
+    return front
+
+
+def rewriting(app):
+    def front(environ, start_response):
+        query = environ["QUERY_STRING"].replace("%ff", "%ef%bf%bd")
+        return app({**environ, "QUERY_STRING": query}, start_response)
+
+    return front
+
+
+def short(app):
+    def front(environ, start_response):
+        if len(environ["QUERY_STRING"]) > 4000:
+            start_response("414 URI Too Long", [("Content-Type", "text/html")])
+            return [b"<html>"]
+        return app(environ, start_response)
+
+    return front
+
+
+def caching(app):
+    kept = {}
+
+    def front(environ, start_response):
+        key = environ["PATH_INFO"], environ["QUERY_STRING"][:70]
+        if key not in kept:
+            said = []
+            body = list(app(environ, lambda *answer: said.extend(answer)))
+            kept[key] = said, body
+        said, body = kept[key]
+        start_response(*said)
+        return body
+
+    return front
+
+
+def challenging(app):
+    def front(environ, start_response):
+        start_response("403 Forbidden", [("Content-Type", "text/html")])
+        return [b"<html>Are you human?"]
+
+    return front
+
+
+def moved(app):
+    def front(environ, start_response):
+        path = environ["PATH_INFO"]
+        if path.startswith("/new/"):
+            environ.update(SCRIPT_NAME="/new", PATH_INFO=path[4:])
+            return app(environ, start_response)
+        start_response("301 Moved Permanently", [("Location", "/new" + path)])
+        return [b""]
+
+    return front
+
+
+def moving(app):
+    def front(environ, start_response):
+        start_response("302 Found", [("Location", environ["PATH_INFO"])])
+        return [b""]
+
+    return front
+
+
+def open_folder(app):
+    def front(environ, start_response):
+        if environ["PATH_INFO"] == "/wsgi.ini":
+            start_response("200 OK", [("Content-Type", "text/plain")])
+            return [(ROOT / "wsgi.ini").read_bytes()]
+        return app(environ, start_response)
+
+    return front
+
+
+def renaming(app):
+    return lambda environ, start: app({**environ, "HTTP_HOST": "backend"}, start)
+
+
+@pytest.mark.parametrize(
+    ("front", "settings", "level", "text"),
+    [
+        (plain, {}, OK, "sees this machine as 127.0.0.2, whatever it claims"),
+        (proxy, {"proxies": 1}, OK, "sees this machine as 127.0.0.2"),
+        (proxy, {}, FAILURE, "127.0.0.2, for 127.0.0.1. If that is a proxy's address"),
+        (proxy, {"proxies": 2}, FAILURE, "X-Forwarded-For has 1 of 2 entries"),
+        (plain, {"proxies": 1}, FAILURE, "X-Forwarded-For has 0 of 1 entries"),
+        (
+            *(
+                careless_proxy,
+                {"address_header": "X-Real-IP", "proxy_networks": "::/0"},
+            ),
+            *(FAILURE, "takes this machine"),
+        ),
+        (
+            careless_proxy,
+            {"address_header": "X-Real-IP", "proxy_networks": "127.0.0.0/8"},
+            FAILURE,
+            "believes a client's own X-Real-IP",
+        ),
+        (rewriting, {}, FAILURE, "Binary info_hashes do not survive"),
+        (short, {}, FAILURE, "A scrape of 60 torrents, 4.3 kB, does not pass."),
+        (caching, {}, FAILURE, "caches answers"),
+        (challenging, {}, FAILURE, "403 Forbidden, text/html, not a tracker's"),
+        (moved, {}, WARNING, "Every announce takes two requests."),
+        (moving, {}, FAILURE, "redirects for ever"),
+        (open_folder, {}, FAILURE, "Anybody can read http://127.0.0.1:"),
+        (renaming, {}, WARNING, "The front page shows http://backend/announce, not"),
+    ],
+)
+def test_fronts(tmp_path, front, settings, level, text):
+    app = bitbreeze.create_app({"data": str(tmp_path / "data"), **settings})
+    with served(front(app)) as url:
+        findings = list(bitbreeze.examine_url(f"{url}/announce", time.time))
+    assert any(text in found for found in texts(findings, level)), findings
+    if level == OK:
+        assert {finding.level for finding in findings} == {OK}
+    totals = app.tracker.totals(NOW)
+    assert totals.seeders + totals.leechers == 0
+
+
+def test_a_clock_that_differs(tmp_path):
+    with served(bitbreeze.create_app({"data": str(tmp_path)})) as url:
+        findings = list(bitbreeze.examine_url(url, lambda: time.time() + 3600))
+    assert any("clock and this one differ by 3" in t for t in texts(findings, WARNING))
+
+
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [
+        ("http://127.0.0.1:1/announce", "does not answer"),
+        ("127.0.0.1:1", "http://127.0.0.1:1/announce does not answer"),
+        ("http://no.such.name.invalid/", "does not answer"),
+        ("ftp://tracker.test/announce", "is no URL of a tracker"),
+        ("http://tracker.test:port/", "is no URL of a tracker"),
+        ("", "is no URL of a tracker"),
+        ("http://[::1/", "is no URL of a tracker"),
+    ],
+)
+def test_urls_that_cannot_be_asked(url, text):
+    (finding,) = bitbreeze.examine_url(url, time.time)
+    assert finding.level == FAILURE
+    assert text in finding.text
+
+
+# The request of an operator
+
+
+@pytest.mark.parametrize(
+    ("remote", "forwarded", "proxies", "level", "text"),
+    [
+        ("192.0.2.1", "", 0, OK, "You come from 192.0.2.1."),
+        ("10.0.0.1", "192.0.2.1", 1, OK, "You come from 192.0.2.1."),
+        ("10.0.0.1", "192.0.2.1", 0, FAILURE, "Set proxies = 1."),
+        ("10.0.0.1", "192.0.2.1, 10.0.0.2", 1, FAILURE, "Set proxies = 2."),
+        ("10.0.0.1", "192.0.2.1", 2, FAILURE, "has 1 of 2 entries"),
+        ("", "", 0, FAILURE, "set proxies = 1"),
+    ],
+)
+def test_requests(remote, forwarded, proxies, level, text):
+    settings = bitbreeze.load_settings(
+        {"proxies": proxies}, environ={}, ini="/dev/null"
+    )
+    environ = {"REMOTE_ADDR": remote, "HTTP_X_FORWARDED_FOR": forwarded}
+    (finding,) = bitbreeze.examine_request(environ, settings)
+    assert finding.level == level
+    assert text in finding.text
+
+
+def test_the_page_is_for_who_has_the_key(tracker):
+    assert tracker().get("/doctor", "key=")[0] == "404 NOT FOUND"
+    client = tracker(operator_key="secret")
+    for query in ("", "key=", "key=Secret", "key=%FF%00"):
+        assert client.get("/doctor", query)[0] == "404 NOT FOUND"
+    status, headers, body = client.get("/doctor", "key=secret")
+    assert status == "200 OK"
+    assert headers["Cache-Control"] == "no-store"
+    assert b"You come from 192.0.2.1." in body
+    assert b"The data folder" in body
+
+
+def test_the_page_asks_through_the_front_end(tmp_path):
+    app = bitbreeze.create_app({"data": str(tmp_path), "operator_key": "secret"})
+    with served(app) as url:
+        response, body, _ = bitbreeze._get(f"{url}/doctor?key=secret&through=1")
+    assert response.status == 200
+    assert b"A scrape of 60 torrents passes." in body
+
+
+# The command
+
+
+def run(*arguments, **environ):
+    return subprocess.run(
+        [sys.executable, "app.py", "doctor", *arguments],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], **environ},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+def test_the_command_examines_the_host(tmp_path):
+    done = run(TRACKER_DATA=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"ok       The data folder {tmp_path} can be written." in done.stdout
+    (tmp_path / "file").touch()
+    done = run(TRACKER_DATA=str(tmp_path / "file"))
+    assert done.returncode == 1
+    assert done.stdout.startswith("failure  The data folder")
+
+
+def test_the_command_examines_a_url():
+    done = run(f"127.0.0.1:{free_port()}")
+    assert done.returncode == 1
+    assert done.stdout.count("\n") == 1
+    assert not done.stderr
+
+
+def test_a_server_that_takes_no_long_scrapes(tmp_path):
+    port = free_port()
+    command = gunicorn(port)
+    command[command.index("--limit-request-line") + 1] = "4094"
+    with serving(command, port, {"TRACKER_DATA": str(tmp_path)}) as server:
+        done = run(server.url)
+    assert done.returncode == 1
+    assert "failure  A scrape of 60 torrents" in done.stdout
+    assert done.stdout.count("failure") == 1
