@@ -5,7 +5,8 @@
 
 Prints, as medians over the rounds, announces per second, CPU time per announce of the
 whole process tree (user and system), and that as a ratio to opentracker's; then what
-the store alone costs in swarms of 60 and of 100,000. Rounds go A B C A B C, so that a
+the store alone costs in swarms of 60 and of 100,000, and an announce as a CGI program
+beside a Flask program that answers nothing. Rounds go A B C A B C, so that a
 drift of the machine hits all. Quote the ratios, of one run.
 
 Needs wrk (Debian's package), and psutil and pyuwsgi as tests/run installs them. The
@@ -35,6 +36,13 @@ EMPTY = """
 def app(environ, start_response):
     start_response("200 OK", [("Content-Length", "400")])
     return [b"x" * 400]
+"""
+EMPTY_CGI = """
+from wsgiref.handlers import CGIHandler
+from flask import Flask
+app = Flask(__name__)
+app.add_url_rule("/announce", view_func=lambda: "x" * 400)
+CGIHandler().run(app)
 """
 QBITTORRENT = """[LegalNotice]
 Accepted=true
@@ -223,6 +231,37 @@ def store_alone(folder, rounds):
     print(f"of 100,000: {big / small:.2f} times as much.")
 
 
+def cgi_alone(folder, rounds):
+    """Print what an announce costs in a process of its own, and an empty program."""
+    empty = folder / "empty.py"
+    empty.write_text(EMPTY_CGI)
+    environ = {
+        **os.environ, "TRACKER_DATA": str(folder / "cgi"), "PATH_INFO": "/announce",
+        "GATEWAY_INTERFACE": "CGI/1.1", "SERVER_PROTOCOL": "HTTP/1.1",
+        "REQUEST_METHOD": "GET", "REMOTE_ADDR": "192.0.2.1", "SERVER_PORT": "80",
+        "SERVER_NAME": "localhost",
+        "QUERY_STRING": f"info_hash={'%ff' * 20}&peer_id={'p' * 20}&port=6881&left=0",
+    }  # fmt: skip
+
+    def cost(program):
+        before = os.times()
+        done = subprocess.run([sys.executable, program], env=environ, check=True,
+                              stdout=subprocess.PIPE)  # fmt: skip
+        assert done.stdout.startswith(b"Status: 200 OK"), done.stdout
+        after = os.times()
+        return 1000 * (after[2] + after[3] - before[2] - before[3])
+
+    costs = {HERE.parent / "app.py": [], empty: []}
+    for _ in range(4 * rounds):
+        for program in costs:
+            costs[program].append(cost(program))
+    ours, theirs = (statistics.median(found) for found in costs.values())
+    print(
+        f"\nCGI: {ours:.0f} ms an announce, {theirs:.0f} ms an empty Flask program:"
+        f" {ours / theirs:.2f} times as much."
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -235,6 +274,7 @@ def main():
     try:
         compare(folder, given.seconds, given.rounds)
         store_alone(folder, given.rounds)
+        cgi_alone(folder, given.rounds)
     finally:
         shutil.rmtree(folder)
 
