@@ -1727,16 +1727,7 @@ from random import sample  # noqa: E402
 from urllib.parse import urlencode, urljoin, urlsplit  # noqa: E402
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
-NETWORK_FILE_SYSTEMS = (
-    "nfs",
-    "cifs",
-    "smb",
-    "9p",
-    "afs",
-    "fuse.sshfs",
-    "ceph",
-    "lustre",
-)
+NETWORK_FILE_SYSTEMS = tuple("nfs cifs smb 9p afs fuse.sshfs ceph lustre".split())
 
 
 class Finding(NamedTuple):
@@ -1820,8 +1811,12 @@ def _examine_locks(probe):
         excluded = {"threads": _is_locked(probe)}
         child = os.fork()
         if not child:
-            os._exit(_is_locked(probe))
-        excluded["processes"] = os.waitpid(child, 0)[1] != 0
+            try:
+                os._exit(_is_locked(probe))
+            finally:  # whatever happens, two must not go on from here
+                os._exit(2)
+        status = os.waitpid(child, 0)[1]
+        excluded["processes"] = os.waitstatus_to_exitcode(status) == 1
     for who, is_excluded in excluded.items():
         if is_excluded:
             yield Finding(OK, f"Locks in the data folder exclude two {who}.")
@@ -2029,13 +2024,14 @@ def _decoded(response, body):
 
 def _examine_front_page(base, clock):
     response, body, _ = _get(f"{base}/")
-    date = response.getheader("Date")
-    if date and abs(ahead := _seconds(date) - clock()) > 60:
-        yield Finding(
-            WARNING,
-            f"The server's clock and this one differ by {abs(ahead):.0f} seconds. One"
-            " of them is wrong. Set it by NTP.",
-        )
+    with suppress(TypeError, ValueError):  # there is no such header, or no date in it
+        date = email.utils.parsedate_to_datetime(response.getheader("Date"))
+        if abs(ahead := date.timestamp() - clock()) > 60:
+            yield Finding(
+                WARNING,
+                f"The server's clock and this one differ by {abs(ahead):.0f} seconds."
+                " One of them is wrong. Set it by NTP.",
+            )
     shown = re.search(rb"<code>(.*?)</code>", body)
     if not shown or shown[1].decode(errors="replace") != f"{base}/announce":
         told = shown[1].decode(errors="replace") if shown else "no announce URL"
@@ -2045,11 +2041,6 @@ def _examine_front_page(base, clock):
             " there. Have the front end pass on Host, and set X-Forwarded-Proto where"
             " it takes https; that is believed if proxies is set.",
         )
-
-
-def _seconds(date):
-    """Return a Date header in seconds since 1970."""
-    return email.utils.parsedate_to_datetime(date).timestamp()
 
 
 def _examine_scrape(base):
@@ -2112,7 +2103,8 @@ def _announce_thrice(base):
 
     def announce(port, headers=None, event="started"):
         parameters = {"info_hash": swarm, "peer_id": who + b"%d" % (port % 10)}
-        query = urlencode({**parameters, "port": port, "left": 1, "event": event})
+        parameters |= {"port": port, "left": 1, "event": event, "compact": 1}
+        query = urlencode(parameters)
         response, body, own = _get(f"{base}/announce?{query}", headers)
         reply = _decoded(response, body)
         if b"failure reason" in reply:
