@@ -24,13 +24,13 @@ LONGEST_QUERY = "8190"  # bytes that gunicorn is told to take in a request line
 class Server:
     """A tracker that runs in a process group of its own, and what it printed."""
 
-    def __init__(self, command, port, env):
-        self.port, self.url = port, f"http://127.0.0.1:{port}"
+    def __init__(self, command, port, env, cwd=ROOT, path=""):
+        self.port, self.url = port, f"http://127.0.0.1:{port}{path}"
         self.output = tempfile.TemporaryFile()
         kept = {n: v for n, v in os.environ.items() if not n.startswith("TRACKER_")}
         self.process = subprocess.Popen(
             [str(part) for part in command],
-            cwd=ROOT,
+            cwd=cwd,
             env={**kept, "PYTHONUNBUFFERED": "1", **env},
             stdin=subprocess.DEVNULL,
             stdout=self.output,

@@ -1,0 +1,259 @@
+"""Hosts: every way of the README to serve the tracker, under the real servers.
+
+The README's table says which of the checks each host passes: these are all of them.
+"""
+
+import http.client
+import multiprocessing
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+import bencoder
+import pytest
+from hosts import HOSTS, Site, readme, recipe
+from servers import (
+    ROOT,
+    Server,
+    announce,
+    announce_path,
+    free_port,
+    scrape,
+    scrape_path,
+)
+
+HERE4 = b"\x7f\0\0\1"
+HERE6 = bytes(15) + b"\1"
+CLIENTS = 4
+CROWDED = [b"\xff\0 a crowded swarm %d" % number for number in range(3)]
+
+
+@contextmanager
+def site_of(name, *settings):
+    site = Site(name, *settings)
+    try:
+        yield site
+        assert "Traceback" not in site.log()
+    finally:
+        site.remove()
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_host(name, subtests):
+    with site_of(name) as site:
+        with site.serving():
+            for check in CHECKS[:-1]:
+                with subtests.test(check.__name__):
+                    check(site)
+        with subtests.test(CHECKS[-1].__name__):
+            CHECKS[-1](site)
+
+
+def announces(site):
+    """A peer announces, and another gets its endpoint."""
+    info_hash = b"announce".ljust(20, b"\xfe")
+    announce(site.urls[0], info_hash, peer_id(1), 7001, left=0)
+    reply = announce(site.urls[-1], info_hash, peer_id(2), 7002, left=1)
+    assert reply[b"peers"] == endpoint(HERE4, 7001)
+
+
+def dual_stack(site):
+    """A peer with two addresses is one, and is handed out in both families."""
+    info_hash = b"dual stack".ljust(20, b"\xfe")
+    for number in (1, 2):
+        for url in (site.urls[0], over_ipv6(site.urls[-1])):
+            port = 7000 + number
+            reply = announce(url, info_hash, peer_id(number), port, left=number - 1)
+    assert (reply[b"complete"], reply[b"incomplete"]) == (1, 1)
+    assert reply[b"peers6"] == endpoint(HERE6, 7001)
+    reply = announce(site.urls[-1], info_hash, peer_id(2), 7002, left=1)
+    assert reply[b"peers"] == endpoint(HERE4, 7001)
+
+
+def scrapes_60(site):
+    """A scrape of 60, every byte of them escaped, goes through every buffer."""
+    hashes = [b"\0\xff" + bytes((number,)) * 18 for number in range(130, 190)]
+    assert len(scrape_path(*hashes)) > 4200
+    announce(site.urls[0], hashes[7], peer_id(1), 7001, left=0)
+    for url in (*site.urls, over_ipv6(site.urls[0])):
+        files = scrape(url, *hashes)[b"files"]
+        assert set(files) == set(hashes)
+        assert [files[i][b"complete"] for i in hashes] == [0] * 7 + [1] + [0] * 52
+
+
+def concurrent_processes(site):
+    """Many announce at once from several processes, and each is counted once."""
+    peers, fork = site.host.peers, multiprocessing.get_context("fork")
+    work = [(site.urls, client, peers) for client in range(CLIENTS)]
+    with fork.Pool(CLIENTS) as pool:
+        pool.starmap(crowd, work)
+    check_crowd(site)
+
+
+def crowd(urls, client, peers):
+    """Announce so many peers, each over both families, in swarms that all share."""
+    for number in range(peers):
+        url, port = urls[client % len(urls)], 7000 + client * peers + number
+        for way in (url, over_ipv6(url)):
+            info_hash = CROWDED[number % len(CROWDED)]
+            announce(way, info_hash, peer_id(port), port, left=client % 2)
+
+
+def check_crowd(site):
+    each = CLIENTS * site.host.peers // len(CROWDED) // 2
+    for url in site.urls:
+        files = scrape(url, *CROWDED)[b"files"]
+        counts = [(files[i][b"complete"], files[i][b"incomplete"]) for i in CROWDED]
+        assert counts == [(each, each)] * len(CROWDED)
+
+
+def restarts(site):
+    """The peers are there after a stop and a start."""
+    with site.serving():
+        check_crowd(site)
+
+
+CHECKS = [announces, dual_stack, scrapes_60, concurrent_processes, restarts]
+COLUMNS = [
+    "announce",
+    "dual stack",
+    "60-hash scrape",
+    "concurrent processes",
+    "restart keeps peers",
+]
+
+
+def test_readme_has_these_hosts_and_checks():
+    assert len(COLUMNS) == len(CHECKS)
+    table = readme().partition("\n| host | ")[2].partition("\n\n")[0].splitlines()
+    assert table[0].strip("| ").split(" | ") == COLUMNS
+    ticks = {re.match(r"\| (.*?) \|", row)[1]: row.count("✓") for row in table[2:]}
+    assert ticks == {name: len(CHECKS) for name in HOSTS}
+
+
+# -- Addresses ------------------------------------------------------------------------
+
+FORGED = "X-Forwarded-For", "203.0.113.9"
+FORGERIES = {
+    "nothing": [],
+    "one line": [FORGED],
+    "two lines": [FORGED, FORGED],
+    "many entries": [(FORGED[0], ", ".join([FORGED[1]] * 50))],
+    "all names": [FORGED, ("X-Real-IP", FORGED[1]), ("Forwarded", "for=203.0.113.9")],
+}
+
+
+@pytest.mark.parametrize("name", [n for n, host in HOSTS.items() if host.is_proxied])
+def test_a_proxy_says_who_the_client_is(name, subtests):
+    with site_of(name) as site, site.serving():
+        for number, (said, headers) in enumerate(FORGERIES.items()):
+            with subtests.test(said):
+                found = address_recorded(site.urls[0], number, headers, "127.0.0.2")
+                assert found == bytes((127, 0, 0, 2))
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, host in HOSTS.items() if not host.is_proxied]
+)
+def test_the_last_line_of_a_header_counts(name):
+    """As HAProxy adds one: a server that kept the first would believe the client."""
+    with site_of(name, "proxies = 1") as site, site.serving():
+        lines = [("X-Forwarded-For", f"203.0.113.{number}") for number in (1, 2)]
+        for url in site.urls:
+            assert address_recorded(url, 1, lines) == bytes((203, 0, 113, 2))
+
+
+def address_recorded(url, number, headers, source="127.0.0.1"):
+    """Announce from an address with headers; return what another peer gets of it."""
+    info_hash = b"whose address is it %d" % number
+    info_hash = info_hash[-20:]
+    get(url + announce_path(info_hash, peer_id(1), 7001), headers, source)
+    reply = get(url + announce_path(info_hash, peer_id(2), 7002), headers, source)
+    assert reply[b"peers"][4:] == (7001).to_bytes(2, "big"), reply
+    return reply[b"peers"][:4]
+
+
+def get(url, headers, source):
+    """Return the decoded reply to a request from an address, with these headers."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(
+        parts.hostname, parts.port, timeout=20, source_address=(source, 0)
+    )
+    connection.putrequest("GET", f"{parts.path}?{parts.query}")
+    for header in headers:
+        connection.putheader(*header)
+    connection.endheaders()
+    reply = bencoder.bdecode(connection.getresponse().read())
+    connection.close()
+    return reply
+
+
+# -- What else the recipes promise ----------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in HOSTS if n.endswith("CGI")])
+def test_a_cgi_host_gives_out_no_files(name):
+    with site_of(name) as site, site.serving():
+        announces(site)
+        folder = site.urls[0].removesuffix("/app.py")
+        (site.folder / "data").mkdir()
+        (site.folder / "data" / "file").touch()
+        for file in ("wsgi.ini", ".htaccess", "requirements.txt", "data/file", ""):
+            for way in ("", "./", "/", "app.py/../", "app.py%2f..%2f", "data/../"):
+                with pytest.raises(HTTPError, match="40[034]"):
+                    urlopen(f"{folder}/{way}{file}", timeout=20)
+        assert (site.home / "tracker-data" / "swarms").is_dir()
+
+
+def test_the_unit_is_one_that_systemd_takes(tmp_path):
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("systemd IS NOT HERE: the unit is run by hand only, by test_host")
+    changes = {"/home/you/tracker/.venv/bin/uwsgi": sys.executable}
+    unit = tmp_path / "tracker.service"
+    unit.write_text(recipe("/etc/systemd/system", changes))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", unit], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_the_container_serves(tmp_path):
+    """Its lines are run by hand, in an empty environment: an engine is too much."""
+    for file in ("app.py", "requirements.txt"):
+        shutil.copy(ROOT / file, tmp_path)
+    port, data = free_port(), tmp_path / "data"
+    text = recipe(
+        "Dockerfile", {"/data": data, '"app.py"': f'"app.py", "--port={port}"'}
+    )
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    path = f"{tmp_path}/venv/bin:/usr/bin:/bin"
+    lines = dict(line.split(" ", 1) for line in text.splitlines()[1:])
+    env = {"PATH": path, **dict([lines["ENV"].split("=")])}
+    subprocess.run(lines["RUN"], shell=True, cwd=tmp_path, env=env, check=True)
+    command = [word.strip('",') for word in shlex.split(lines["CMD"].strip("[]"))]
+    server = Server(command, port, env, tmp_path)
+    try:
+        server.wait_until_ready()
+        announce(server.url, CROWDED[0], peer_id(1), 7001, left=0)
+        assert (data / "swarms").is_dir()
+    finally:
+        server.stop()
+        server.output.close()
+
+
+def peer_id(number):
+    return b"-HOST01-%012d" % number
+
+
+def endpoint(address, port):
+    return address + port.to_bytes(2, "big")
+
+
+def over_ipv6(url):
+    return url.replace("127.0.0.1", "[::1]")
