@@ -21,6 +21,7 @@ import pytest
 from servers import ROOT, Server, free_port
 
 IS_ROOT = os.geteuid() == 0
+IS_DEBIAN = bool(shutil.which("apt-get"))
 PATH = f"{os.environ['PATH']}:/usr/sbin"  # where Debian has its web servers
 MODULES = Path("/usr/lib/apache2/modules")
 # What a host may lack, and the package it is in; others are PyPI's of the same name.
@@ -34,11 +35,11 @@ PACKAGES = {
 }
 
 
-def recipe(beginning, changes=()):
+def recipe(beginning, changes):
     """Return the block of the README that begins so, with every one of the changes."""
     blocks = re.findall(r"^```\w+\n(.*?)^```$", readme(), re.M | re.S)
     [text] = [block for block in blocks if block.startswith(f"# {beginning}")]
-    for old, new in dict(changes).items():
+    for old, new in changes.items():
         assert old in text, f"the recipe has no {old!r}:\n{text}"
         text = text.replace(old, str(new))
     return text
@@ -53,8 +54,7 @@ def require(name, *needs):
     missing = [PACKAGES.get(need, need) for need in needs if not _is_there(need)]
     if missing:
         reason = f"{name} IS NOT TESTED: it needs {' '.join(missing)}"
-        must = IS_ROOT and shutil.which("apt-get")
-        (pytest.fail if must else pytest.skip)(reason)
+        (pytest.fail if IS_ROOT and IS_DEBIAN else pytest.skip)(reason)
 
 
 def _is_there(need):
@@ -66,9 +66,8 @@ def _is_there(need):
 class Site:
     """A home with the tracker in it, the servers to start, and where they answer."""
 
-    def __init__(self, name, *settings):
-        self.host = HOSTS[name]
-        require(name, *self.host.needs)
+    def __init__(self, host):
+        self.host = host
         self.home = Path(tempfile.mkdtemp(prefix="bitbreeze-"))
         self.home.chmod(0o755)  # Apache's children are www-data when this is root
         self.folder = self.home / self.host.folder
@@ -77,9 +76,12 @@ class Site:
             shutil.copy(ROOT / file, self.folder)
         self.port, self.backend = free_port(), free_port()
         self.commands, self.servers = [], []
+
+    def prepare(self, *settings):
+        """Set up all that the host needs, with lines for the tracker's settings."""
         self.set(*self.host.settings, *settings)
         self.host.setup(self)
-        if IS_ROOT and shutil.which("apache2", path=PATH):
+        if IS_ROOT and IS_DEBIAN:
             subprocess.run(["chown", "-R", "www-data:www-data", self.home], check=True)
 
     @property
@@ -95,7 +97,7 @@ class Site:
 
     def recipe(self, beginning, changes=()):
         """Return a block of the README, with the paths of this home."""
-        text = recipe(beginning, changes)
+        text = recipe(beginning, dict(changes))
         text = text.replace("/run/tracker", str(self.home))
         return text.replace("/home/you", str(self.home))
 
@@ -111,9 +113,9 @@ class Site:
     @contextmanager
     def serving(self):
         """Start the servers, and yield as soon as all that have a port answer."""
-        env = {"PATH": f"{self.home}/tracker/.venv/bin:{PATH}", "HOME": str(self.home)}
-        env |= {"APACHE_RUN_DIR": str(self.home), "XDG_DATA_HOME": str(self.home)}
-        env |= {"XDG_CONFIG_HOME": str(self.home)}
+        names = ("HOME", "APACHE_RUN_DIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME")
+        env = dict.fromkeys(names, str(self.home))
+        env["PATH"] = f"{self.home}/tracker/.venv/bin:{PATH}"
         with ExitStack() as stack:
             self.servers = []
             for command, port in self.commands:
@@ -121,11 +123,12 @@ class Site:
                 stack.callback(server.stop)
                 self.servers.append(server)
             try:
-                for server in self.servers:
-                    if server.port:
-                        server.wait_until_ready()
+                for server in filter(lambda server: server.port, self.servers):
+                    server.wait_until_ready()
             except RuntimeError:
-                raise RuntimeError(f"{self.commands} say:\n{self.log()}") from None
+                raise RuntimeError(
+                    f"{self.commands} say:\n{self.log()[-5000:]}"
+                ) from None
             yield
 
     def log(self):
@@ -169,7 +172,7 @@ def system_python(site):
 def alone(site, words, number=1):
     """Serve with the first of the README's commands that has all these words."""
     own_python(site)
-    lines = recipe("one of these").splitlines()
+    lines = site.recipe("one of these").splitlines()
     line = next(line for line in lines if all(word in line for word in words))
     for port in [site.port, site.backend][:number]:
         site.run(shlex.split(re.sub("6969|8080", str(port), line)), port)
@@ -192,13 +195,6 @@ def nginx(site, text):
     config = site.write("nginx.conf", config)
     log = site.home / "nginx.log"
     site.run(["nginx", "-e", log, "-c", config], site.port)
-
-
-def caddy(site, text):
-    """Serve what a Caddyfile says."""
-    config = site.write("Caddyfile", "{\n admin off\n auto_https off\n}\n" + text)
-    command = ["caddy", "run", "--config", config, "--adapter", "caddyfile"]
-    site.run(command, site.port)
 
 
 def apache(site, text, *modules):
@@ -242,35 +238,41 @@ def _load_module(name, loads):
             loads.append(f"Include {file}")
 
 
-def vhost(site, beginning):
-    """Return a virtual host of the README for this home."""
-    text = recipe(beginning, {"*:80": f"*:{site.port}"})
-    return text.replace("/home/you", str(site.home))
+def virtual_host(site, purpose, changes=()):
+    """Serve what the README has Apache say for a purpose."""
+    beginning = f"/etc/apache2/sites-available/tracker.conf, for {purpose}"
+    apache(site, site.recipe(beginning, {"*:80": f"*:{site.port}", **dict(changes)}))
 
 
 # -- The other setups -----------------------------------------------------------------
 
 
-def gunicorn_behind(front):
-    """Return a setup of gunicorn behind another server."""
+def gunicorn(site, address):
+    """Start gunicorn for a front end, as the README does for one at this address."""
+    own_python(site)
+    lines = site.recipe("behind nginx").splitlines()
+    [line] = [line for line in lines if address in line]
+    site.run(shlex.split(line.replace("8000", str(site.backend))))
 
-    def setup(site):
-        own_python(site)
-        to, port = "unix:" if front is nginx else "127.0.0.1", str(site.backend)
-        lines = site.recipe("behind nginx").splitlines()
-        [line] = [line for line in lines if f"-b {to}" in line]
-        site.run(shlex.split(line.replace("8000", port)))
-        if front is nginx:
-            nginx(site, site.recipe("/etc/nginx/sites-available/tracker, for gunicorn"))
-        elif front is caddy:
-            names = "http://tracker.example.org, https://tracker.example.org"
-            changes = {names: f"http://:{site.port}", "8000": port}
-            caddy(site, site.recipe("/etc/caddy/Caddyfile", changes))
-        else:
-            beginning = "/etc/apache2/sites-available/tracker.conf, for gunicorn"
-            apache(site, vhost(site, beginning).replace("8000", port))
 
-    return setup
+def nginx_gunicorn(site):
+    gunicorn(site, "unix:")
+    nginx(site, site.recipe("/etc/nginx/sites-available/tracker, for gunicorn"))
+
+
+def caddy_gunicorn(site):
+    gunicorn(site, "8000")
+    names = "http://tracker.example.org, https://tracker.example.org"
+    changes = {names: f"http://:{site.port}", "8000": site.backend}
+    text = site.recipe("/etc/caddy/Caddyfile", changes)
+    config = site.write("Caddyfile", "{\n admin off\n auto_https off\n}\n" + text)
+    command = ["caddy", "run", "--config", config, "--adapter", "caddyfile"]
+    site.run(command, site.port)
+
+
+def apache_gunicorn(site):
+    gunicorn(site, "8000")
+    virtual_host(site, "gunicorn", {"8000": site.backend})
 
 
 def uwsgi_behind_nginx(site):
@@ -301,14 +303,13 @@ def pythonanywhere(site):
 
 def mod_wsgi(site):
     system_python(site)
-    apache(site, vhost(site, "/etc/apache2/sites-available/tracker.conf, for mod_wsgi"))
+    virtual_host(site, "mod_wsgi")
 
 
 def passenger(site):
     system_python(site)
     (site.folder / "public").mkdir()
-    beginning = "/etc/apache2/sites-available/tracker.conf, for Passenger"
-    apache(site, vhost(site, beginning))
+    virtual_host(site, "Passenger")
 
 
 def cgi(site):
@@ -375,14 +376,15 @@ HOSTS = {
     "python app.py": Host(partial(alone, words=["python"])),
     "gunicorn": Host(partial(alone, words=["gunicorn", "-w 4"])),
     "gunicorn with threads": Host(partial(alone, words=["gunicorn", "--threads"])),
+    "gunicorn with PasteDeploy": Host(partial(alone, words=["--paste"]), ("paste",)),
     "uWSGI": Host(partial(alone, words=["uwsgi", "port="]), ("pyuwsgi",)),
     "waitress": Host(partial(alone, words=["waitress"], number=2), ("waitress",)),
     "granian": Host(partial(alone, words=["granian"]), ("granian",)),
     "flask": Host(partial(alone, words=["flask"], number=2)),
     "nginx, uWSGI": Host(uwsgi_behind_nginx, ("nginx", "pyuwsgi")),
-    "nginx, gunicorn": Host(gunicorn_behind(nginx), ("nginx",), **_PROXIED),
-    "Caddy, gunicorn": Host(gunicorn_behind(caddy), ("caddy",), **_PROXIED),
-    "Apache, gunicorn": Host(gunicorn_behind(apache), ("apache2",), **_PROXIED),
+    "nginx, gunicorn": Host(nginx_gunicorn, ("nginx",), **_PROXIED),
+    "Caddy, gunicorn": Host(caddy_gunicorn, ("caddy",), **_PROXIED),
+    "Apache, gunicorn": Host(apache_gunicorn, ("apache2",), **_PROXIED),
     "Apache, mod_wsgi": Host(mod_wsgi, ("apache2", "mod_wsgi.so")),
     "Apache, Passenger": Host(passenger, ("apache2", "mod_passenger.so")),
     "PythonAnywhere, imitated": Host(

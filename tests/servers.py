@@ -85,6 +85,14 @@ def free_port():
             return port
 
 
+def has_ipv6():
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
 def _listening(port):
     if socket.has_dualstack_ipv6():
         both = {"family": socket.AF_INET6, "dualstack_ipv6": True}

@@ -14,6 +14,7 @@ from servers import (
     announce,
     free_port,
     gunicorn,
+    has_ipv6,
     poll,
     scrape,
     serving,
@@ -23,14 +24,6 @@ from servers import (
 APP = [sys.executable, "app.py"]
 HASHES = [bytes((number,)) * 20 for number in range(130, 190)]
 PEER = b"-COMMAND-a client---"
-
-
-def has_ipv6():
-    try:
-        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-    except OSError:
-        return False
-    return True
 
 
 def test_app_serves_until_it_is_interrupted(tmp_path):
