@@ -12,13 +12,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
-from servers import ROOT, Server, free_port
+from servers import ROOT, Server, free_port, poll
 
 IS_ROOT = os.geteuid() == 0
 IS_DEBIAN = bool(shutil.which("apt-get"))
@@ -130,6 +131,14 @@ class Site:
                     f"{self.commands} say:\n{self.log()[-5000:]}"
                 ) from None
             yield
+            # A worker that is being born may not hear that it shall stop.
+            poll(self._is_idle, 20, f"the end of the work:\n{self.log()[-5000:]}")
+
+    def _is_idle(self):
+        with suppress(psutil.NoSuchProcess):
+            pids = [pid for s in self.servers for pid in (s.process.pid, *s.workers())]
+            asleep = psutil.STATUS_SLEEPING, psutil.STATUS_ZOMBIE
+            return all(psutil.Process(pid).status() in asleep for pid in pids)
 
     def log(self):
         """Return all that the servers have to say."""
