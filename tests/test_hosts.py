@@ -162,6 +162,26 @@ def test_a_proxy_says_who_the_client_is(name, subtests):
 
 
 @pytest.mark.parametrize(
+    ("proxies", "failure"),
+    [
+        ("1", ""),
+        ("0", "takes this machine, 127.0.0.2, for 127.0.0.1."),
+        ("2", "X-Forwarded-For has 1 of 2 entries"),
+    ],
+)
+@pytest.mark.parametrize("name", ["nginx, gunicorn", "Apache, gunicorn"])
+def test_the_doctor_names_wrong_proxies(name, proxies, failure):
+    with site_of(name, f"proxies = {proxies}") as site, site.serving():
+        if name.startswith("nginx") and proxies == "0":
+            failure = "set proxies = 1"  # of those behind a socket nothing is known
+        command = [sys.executable, "app.py", "doctor", f"{site.urls[0]}/announce"]
+        done = subprocess.run(command, cwd=site.folder, capture_output=True, text=True)
+    assert done.returncode == bool(failure), done.stdout
+    assert done.stdout.count("\nfailure ") == bool(failure), done.stdout
+    assert failure in done.stdout
+
+
+@pytest.mark.parametrize(
     "name", [n for n, host in HOSTS.items() if not host.is_proxied]
 )
 def test_the_last_line_of_a_header_counts(name):
