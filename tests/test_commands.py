@@ -1,4 +1,4 @@
-"""Commands: python app.py and what it says, and every server the tracker runs under."""
+"""Commands: python app.py, and what it says."""
 
 import os
 import signal
@@ -9,16 +9,13 @@ from urllib.request import urlopen
 
 import pytest
 from servers import (
-    LONGEST_QUERY,
     ROOT,
     announce,
     free_port,
-    gunicorn,
     has_ipv6,
     poll,
     scrape,
     serving,
-    uwsgi,
 )
 
 APP = [sys.executable, "app.py"]
@@ -106,35 +103,6 @@ def test_bad_options(options, tmp_path):
     assert ended.returncode == 2
     assert "Error: " in ended.stderr
     assert "Traceback" not in ended.stderr
-
-
-def paste(port):
-    """Return the command that serves with gunicorn as wsgi.ini says."""
-    command = [sys.executable, "-m", "gunicorn", "--paste", "wsgi.ini"]
-    command += ["-b", f"127.0.0.1:{port}", "--no-control-socket"]
-    return [*command, "--limit-request-line", LONGEST_QUERY]
-
-
-def flask(port):
-    """Return the command that serves with Flask's own server."""
-    return [sys.executable, "-m", "flask", "--app", "app", "run", "--port", port]
-
-
-@pytest.mark.parametrize("command", [gunicorn, paste, uwsgi, flask])
-def test_servers_serve(command, tmp_path):
-    port = free_port()
-    with serving(command(port), port, data(tmp_path)) as server:
-        check_answers(server)
-        assert "Traceback" not in server.log()
-
-
-@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
-def test_uwsgi_serves_ipv4_and_ipv6(tmp_path):
-    port = free_port()
-    with serving(uwsgi(port), port, data(tmp_path)) as server:
-        reply = announce(f"http://[::1]:{port}", HASHES[0], PEER, 7000, left=0)
-        assert reply[b"complete"] == 1
-        assert announce(server.url, HASHES[0], PEER, 7000, left=0)[b"complete"] == 1
 
 
 def test_uwsgi_serves_on_6969_unless_told_otherwise():
