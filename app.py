@@ -17,7 +17,9 @@ Parsing and replying are pure functions, ``now`` is an argument, and only the ed
     Requests   from a raw query to values
     Replies    from values to bencoded bytes
     Store      the contract, and peers in locked files
-    Tracker    announce and scrape over a store: no sockets, no HTTP
+    Torrents   the folder of .torrent files, and what they say
+    Access     what is tracked: any torrent, or those on lists
+    Tracker    announce and scrape over access and store: no sockets, no HTTP
     Door       the WSGI door, where announce and scrape are answered; CGI
     Doctor     what may be wrong with this host, and what to set
     Pages      the front page, the numbers as JSON, the doctor's page
@@ -29,6 +31,7 @@ import errno
 import fcntl
 import hmac
 import ipaddress
+import json
 import logging
 import os
 import re
@@ -41,7 +44,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from hashlib import blake2b
+from hashlib import blake2b, sha1, sha256
 from itertools import zip_longest
 from operator import add, or_
 from pathlib import Path
@@ -76,6 +79,12 @@ class SettingsError(ValueError):
     """A setting is unknown or has a bad value; one sentence for the operator."""
 
 
+def _track(text):
+    if text.strip().lower() not in ("any", "listed", "auto"):
+        raise ValueError("not any, listed or auto")
+    return text.strip().lower()
+
+
 def _public_ip(text):
     """Return the addresses in a list by their length in bytes, 4 or 16."""
     found = [ipaddress.ip_address(part).packed for part in _parts(text)]
@@ -108,6 +117,15 @@ SETTINGS = (
     Setting("title", "BitBreeze", "", "name of the tracker on its pages"),
     Setting("notice", "", "", "a sentence that clients show their users"),
     Setting("data", "data", "folder", "where the peers are kept, relative to app.py"),
+    Setting(
+        "torrents", "torrents", "folder",
+        "of .torrent files that are tracked and listed, relative to app.py",
+    ),
+    Setting(
+        "track", "auto", "",
+        "any torrent, or only those listed in torrents and allow.txt: any, listed, or"
+        " auto for listed as soon as one is", parse=_track,
+    ),
     Setting("interval", 1800, "seconds", "between announces, a tenth more or less", 10),
     Setting("min_interval", 300, "seconds", "between announces, at the least", 1),
     Setting("peer_ttl", 4200, "seconds", "from its last announce a peer is kept", 20),
@@ -1582,18 +1600,481 @@ class FileStore(Store):
             os.close(fd)
 
 
+# -- Torrents -------------------------------------------------------------------------
+# The list of what is tracked is a folder of .torrent files. They come from strangers:
+# nothing in them is a path to us, and what is not exactly as it should be is skipped.
+
+BIGGEST = 10 * 2**20  # bytes of a .torrent file that is read
+DEEPEST = 100  # lists and dictionaries in one another; bencoder goes down by recursion
+_TOKEN = re.compile(rb"(\d{1,9}):|i-?\d{1,19}e|[dle]")
+
+
+class TorrentError(Exception):
+    """A file is not a torrent that can be listed; the text says why."""
+
+
+class Torrent(NamedTuple):
+    """A torrent, as far as the list of all needs it."""
+
+    path: str  # below the folder
+    name: str
+    size: int  # bytes, without padding
+    files: int
+    v1: bytes  # 20 bytes, b"" for a torrent of v2 only
+    v2: bytes  # 32 bytes, b"" for one of v1 only (BEP 52)
+    added: int  # seconds since 1970
+    is_private: bool
+
+    def info_hashes(self):
+        """Return what clients announce: 20 bytes for each version."""
+        return [found[:20] for found in (self.v1, self.v2) if found]
+
+
+def read_metainfo(data):
+    """Return the dictionary in a .torrent file (BEP 3); raise TorrentError.
+
+    Only a canonical file is taken, which is the same when it is encoded anew: so its
+    info_hash is that of the bytes as they stand there.
+    """
+    if len(data) > BIGGEST:
+        raise TorrentError(f"it has more than {BIGGEST} bytes")
+    _check_nesting(data)
+    try:
+        metainfo = bencoder.bdecode(data)
+        is_canonical = bencoder.bencode(metainfo) == data
+    except Exception:  # of several kinds, by the version of bencoder
+        raise TorrentError("it is not bencoded") from None
+    if not isinstance(metainfo, dict) or not isinstance(metainfo.get(b"info"), dict):
+        raise TorrentError("it has no dictionary called info")
+    if not is_canonical:
+        raise TorrentError(
+            "it is not canonical: its keys are not sorted, or a number"
+            " has leading zeros"
+        )
+    return metainfo
+
+
+def _check_nesting(data):
+    """Raise TorrentError for what would crash bencoder, or is no bencoding at all."""
+    at = depth = 0
+    while at < len(data):
+        token = _TOKEN.match(data, at)
+        if not token:
+            raise TorrentError("it is not bencoded")
+        at, kind = token.end() + int(token[1] or 0), token[0]
+        depth += (kind in (b"d", b"l")) - (kind == b"e")
+        if depth > DEEPEST:
+            raise TorrentError(f"it is nested more than {DEEPEST} deep")
+
+
+def describe(metainfo, path, added):
+    """Return the Torrent that a .torrent file describes; raise TorrentError."""
+    info = metainfo[b"info"]
+    name = info.get(b"name.utf-8") or info.get(b"name")
+    if not isinstance(name, bytes) or not name:
+        raise TorrentError("it has no name")
+    if not _is_number(info.get(b"piece length"), 1):
+        raise TorrentError("it has no piece length")
+    pieces, raw = info.get(b"pieces"), bencoder.bencode(info)
+    has_v1 = isinstance(pieces, bytes) and len(pieces) % 20 == 0
+    has_v2 = info.get(b"meta version") == 2 and isinstance(info.get(b"file tree"), dict)
+    if not has_v1 and not has_v2:
+        raise TorrentError("it has no pieces of v1 and no file tree of v2")
+    files = list(files_of(info))
+    return Torrent(
+        path,
+        name.decode("utf-8", "replace"),
+        sum(length for _, length in files),
+        len(files),
+        sha1(raw).digest() if has_v1 else b"",
+        sha256(raw).digest() if has_v2 else b"",
+        added,
+        info.get(b"private") == 1,
+    )
+
+
+def files_of(info):
+    """Yield (path, bytes) of each file that an info dictionary lists.
+
+    A path is a tuple of names as text, without that of the torrent. Padding is left out
+    (BEP 47). Raise TorrentError for lists that make no sense.
+    """
+    if isinstance(info.get(b"file tree"), dict):
+        yield from _files_below(info[b"file tree"], ())
+    elif b"length" in info:
+        yield (), _length_of(info)
+    elif isinstance(files := info.get(b"files"), list):
+        for file in files:
+            file = file if isinstance(file, dict) else {}
+            path = file.get(b"path.utf-8") or file.get(b"path")
+            if not isinstance(path, list) or not path:
+                raise TorrentError("a file in it has no path")
+            attributes = file.get(b"attr")
+            if not isinstance(attributes, bytes) or b"p" not in attributes:
+                yield tuple(map(_text, path)), _length_of(file)
+    else:
+        raise TorrentError("it lists no files")
+
+
+def _files_below(tree, path):
+    """Yield the files of a v2 file tree, in which b"" marks what is a file (BEP 52)."""
+    for name, below in tree.items():
+        if not isinstance(below, dict):
+            raise TorrentError("its file tree is broken")
+        if name == b"":
+            yield path, _length_of(below)
+        else:
+            yield from _files_below(below, (*path, _text(name)))
+
+
+def _length_of(file):
+    if not _is_number(file.get(b"length"), 0):
+        raise TorrentError("a file in it has no length")
+    return file[b"length"]
+
+
+def _is_number(value, least):
+    return isinstance(value, int) and least <= value < 2**63
+
+
+def _text(name):
+    if not isinstance(name, bytes):
+        raise TorrentError("a name in it is no text")
+    return name.decode("utf-8", "replace")
+
+
+class Catalogue:
+    """The torrents in a folder; the folders in it are categories.
+
+    Every process looks for itself what is there. What a file says is read once for
+    all of them, and kept in data/torrents.json: {path: [signature, *Torrent]}, or
+    [signature, reason] for one that is skipped. It may be removed at any time.
+
+    What vanishes, or cannot be read any more, still counts as it did until the second
+    look: whoever replaces a file may be in the middle of it.
+    """
+
+    def __init__(self, folder, memo):
+        """Look into ``folder``, which need not be there, at the first ``look``."""
+        self.folder, self._memo_path = str(folder), str(memo)
+        self.torrents, self.by_hash = {}, {}  # Torrents by path, and by info_hash
+        self.skipped, self.unread = {}, []  # reasons by path, and paths
+        self._found, self._known = {}, {}  # signatures by path
+        self._folders, self._is_stale = {}, False  # times of change by folder
+        self._fading, self._unsettled = set(), {}  # paths, and signatures by path
+        self._memo, self._memo_signature, self._news = {}, None, {}
+        self._scanned, self._remembered = None, 0
+
+    def is_empty(self):
+        """Return whether there is no .torrent file at all, good or bad."""
+        return not self._found and not self._fading
+
+    def look(self, now, seconds):
+        """See what has changed, and read what is new for about so many seconds."""
+        if self._has_changed(now):
+            self._recall()
+            self._compare(*self._scan())
+            self._scanned = now
+        self.read(now, seconds)
+
+    def read(self, now, seconds):
+        """Go on reading what is new for about so many seconds, one file at least."""
+        end = time.monotonic() + seconds
+        while self.unread:
+            self._read_one(self.unread.pop())
+            if time.monotonic() > end:
+                break
+        if self._is_stale:
+            listed = list(self.torrents.values())
+            self.by_hash = {i: each for each in listed for i in each.info_hashes()}
+            self._is_stale = False
+        if self._news and (not self.unread or abs(now - self._remembered) > 1):
+            self._remember()
+            self._remembered = now
+
+    def _has_changed(self, now):
+        if self._scanned is None or self._fading or self._unsettled:
+            return True
+        if not 0 <= now - self._scanned < 60:  # for what is written over in its place
+            return True
+        for folder, changed in self._folders.items():
+            # What came in the same instant as the last look may be missing from it.
+            at = _changed_at(folder)
+            if at != changed or abs(at / 1e9 - self._scanned) < 2:
+                return True
+        return False
+
+    def _scan(self):
+        """Return what is there: signatures by path, and times of change by folder."""
+        found, folders, below = {}, {}, [""]
+        while below:
+            inner = below.pop()
+            folder = f"{self.folder}/{inner}"
+            folders[folder] = _changed_at(folder)
+            with suppress(FileNotFoundError), os.scandir(folder) as entries:
+                for entry in entries:
+                    path = f"{inner}{entry.name}"
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir(follow_symlinks=False) and path.count("/") < 8:
+                        below.append(f"{path}/")
+                    elif entry.name.endswith(".torrent") and entry.is_file():
+                        at = entry.stat()
+                        found[path] = f"{at.st_mtime_ns} {at.st_size}"
+        return found, folders
+
+    def _compare(self, found, folders):
+        """Take in what has come, and what has gone for good."""
+        gone = self._known.keys() - found.keys()
+        for path in gone & self._fading:
+            self._forget(path)
+        self._fading = gone - self._fading
+        self._found, self._folders = found, folders
+        self._unsettled = {p: s for p, s in self._unsettled.items() if p in found}
+        self.unread = [
+            path
+            for path, signature in found.items()
+            if self._known.get(path) != signature and not self._is_recalled(path)
+        ]
+
+    def _forget(self, path):
+        self._known.pop(path, None)
+        self.skipped.pop(path, None)
+        if self.torrents.pop(path, None):
+            self._is_stale = True
+
+    def _take(self, path, known):
+        """Take in a Torrent, or the reason why there is none."""
+        self._forget(path)
+        self._unsettled.pop(path, None)
+        self._known[path] = self._found[path]
+        if isinstance(known, str):
+            self.skipped[path] = known
+            return
+        self.torrents[path] = known
+        for info_hash in known.info_hashes():
+            self.by_hash[info_hash] = known
+
+    def _read_one(self, path):
+        try:
+            with open(f"{self.folder}/{path}", "rb") as file:
+                data, added = (
+                    file.read(BIGGEST + 1),
+                    int(os.fstat(file.fileno()).st_mtime),
+                )
+            torrent = describe(read_metainfo(data), path, added)
+        except OSError as error:
+            self._skip(path, f"it cannot be read: {error.strerror}")
+        except TorrentError as error:
+            self._skip(path, str(error))
+        else:
+            self._take(path, torrent)
+            self._news[path] = [self._found[path], *_as_json(torrent)]
+
+    def _skip(self, path, reason):
+        """Skip a file, unless it may still be on its way here."""
+        signature = self._found[path]
+        if self._unsettled.get(path) != signature:
+            self._unsettled[path] = signature
+            return
+        self._take(path, reason)
+        self._news[path] = [signature, reason]
+
+    def _is_recalled(self, path):
+        """Take in what another process has read of a file; return whether one has."""
+        signature, *known = self._memo.get(path, [None])
+        if signature != self._found[path]:
+            return False
+        self._take(path, known[0] if len(known) == 1 else _from_json(path, known))
+        return True
+
+    def _recall(self):
+        """Read what all processes know, if that has changed."""
+        with suppress(OSError, ValueError):
+            at = os.stat(self._memo_path)
+            signature = at.st_mtime_ns, at.st_ino
+            if signature != self._memo_signature:
+                with open(self._memo_path, encoding="utf-8") as file:
+                    self._memo = _checked_memo(json.load(file))
+                self._memo_signature = signature
+
+    def _remember(self):
+        """Add what was read to what all processes know; log what they did not."""
+        news, self._news = self._news, {}
+        try:
+            os.makedirs(os.path.dirname(self._memo_path), 0o700, exist_ok=True)
+            with open(f"{self._memo_path}.lock", "ab") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self._recall()
+                known = {p: m for p, m in self._memo.items() if p in self._found}
+                news = {p: m for p, m in news.items() if known.get(p) != m}
+                with open(f"{self._memo_path}.new", "w", encoding="utf-8") as file:
+                    json.dump({"1": {**known, **news}}, file)
+                os.replace(f"{self._memo_path}.new", self._memo_path)
+        except OSError as error:
+            log.warning("what is in %s is not kept: %s", self.folder, error)
+        for path, (_, *known) in news.items():
+            if len(known) == 1:
+                log.warning("%s/%s is skipped: %s", self.folder, path, known[0])
+
+
+def _checked_memo(memo):
+    """Return what a memo says of each path; {} for what is not one."""
+    known = memo.get("1") if isinstance(memo, dict) else None
+    width = len(Torrent._fields)
+    if not isinstance(known, dict):
+        return {}
+    return {
+        p: m for p, m in known.items() if isinstance(m, list) and len(m) in (2, width)
+    }
+
+
+def _changed_at(folder):
+    """Return when a folder changed, in nanoseconds since 1970; 0 if there is none."""
+    try:
+        return os.stat(folder).st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def _as_json(torrent):
+    _, *rest = torrent._replace(v1=torrent.v1.hex(), v2=torrent.v2.hex())
+    return rest
+
+
+def _from_json(path, known):
+    torrent = Torrent(path, *known)
+    return torrent._replace(v1=bytes.fromhex(torrent.v1), v2=bytes.fromhex(torrent.v2))
+
+
+# -- Access ---------------------------------------------------------------------------
+# Who may announce what. Keys for people will join the lists here.
+
+
+class HashList:
+    """A file of info_hashes, one a line; what follows one, or a #, is comment.
+
+    They are hex: 40 digits, or the 64 of a whole v2 hash. A file that has changed is
+    read when it has stayed the same from one look to the next, for it may be half
+    written, or gone to be replaced.
+    """
+
+    def __init__(self, path):
+        self.path, self.hashes, self.problems = str(path), frozenset(), []
+        self._read, self._seen = None, None  # signatures
+
+    def look(self):
+        """Take in what has changed; raise OSError if the file cannot be read."""
+        try:
+            at = os.stat(self.path)
+            signature = at.st_mtime_ns, at.st_size, at.st_ino
+        except FileNotFoundError:
+            signature = ()
+        is_settled = signature == self._seen or self._seen is None
+        self._seen = signature
+        if signature != self._read and is_settled:
+            self.hashes, self.problems = (
+                self._parsed() if signature else (frozenset(), [])
+            )
+            self._read = signature
+            for problem in self.problems:
+                log.warning("%s", problem)
+
+    def _parsed(self):
+        hashes, problems = set(), []
+        with open(self.path, encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, 1):
+                text = line.partition("#")[0].split()[:1]
+                if text and not re.fullmatch("(?i)[0-9a-f]{40}|[0-9a-f]{64}", text[0]):
+                    problems.append(
+                        f"{self.path}, line {number}: not 40 or 64 hex digits, skipped"
+                    )
+                elif text:
+                    hashes.add(bytes.fromhex(text[0])[:20])
+        return frozenset(hashes), problems[:10]
+
+
+class Access:
+    """Which torrents are tracked: any, or those in torrents/ and allow.txt.
+
+    Those in deny.txt never are. The lists stand beside the folder.
+    """
+
+    def __init__(self, settings, catalogue):
+        beside = os.path.dirname(catalogue.folder)
+        self.track, self.catalogue = settings.track, catalogue
+        self.allow = HashList(f"{beside}/allow.txt")
+        self.deny = HashList(f"{beside}/deny.txt")
+        self._looked, self._lock, self._trouble = None, Lock(), ""
+
+    def is_open(self):
+        """Return whether any torrent is tracked that is not denied."""
+        if self.track == "auto":
+            return self.catalogue.is_empty() and not self.allow.hashes
+        return self.track == "any"
+
+    def is_open_at(self, now):
+        """Return the same after a look, for those who have not announced."""
+        self.look(now)
+        return self.is_open()
+
+    def check(self, info_hash, now):
+        """Raise TrackerError if a torrent is not tracked."""
+        if self.tracks(info_hash, now):
+            return
+        if self.catalogue.unread and info_hash not in self.deny.hashes:
+            raise TrackerError(
+                "this tracker is still reading its list of torrents: try again soon"
+            )
+        # Transmission knows these words, and stops asking.
+        raise TrackerError("torrent not registered with this tracker")
+
+    def tracks(self, info_hash, now):
+        """Return whether a torrent is tracked."""
+        if now != self._looked or self.catalogue.unread:
+            self.look(now)
+        if info_hash in self.deny.hashes:
+            return False
+        return (
+            info_hash in self.catalogue.by_hash
+            or self.is_open()
+            or info_hash in self.allow.hashes
+        )
+
+    def look(self, now):
+        """Take in what has changed, once a second; read new files bit by bit."""
+        if not self._lock.acquire(blocking=self._looked is None):
+            return  # another thread is at it
+        try:
+            if now == self._looked:
+                self.catalogue.read(now, 0.002)
+                return
+            self.allow.look()
+            self.deny.look()
+            self.catalogue.look(now, 0.05)
+            self._trouble = ""
+        except OSError as error:
+            if self._trouble != str(error):  # what was known stays
+                log.error("the lists of torrents cannot be read: %s", error)
+            self._trouble = str(error)
+        finally:
+            self._looked = now
+            self._lock.release()
+
+
 # -- Tracker --------------------------------------------------------------------------
 
 
 class Tracker:
-    """Announce and scrape over a store. No sockets, no HTTP; ``now`` is an argument."""
+    """Announce and scrape. No sockets, no HTTP; ``now`` is an argument."""
 
-    def __init__(self, settings, store):
-        self.settings, self.store = settings, store
+    def __init__(self, settings, access, store):
+        self.settings, self.access, self.store = settings, access, store
         self._totals, self._totals_until = None, (0, 0)
 
     def announce(self, announce, now):
         """Return (Counts, Peers, seconds to wait); raise TrackerError if refused."""
+        self.access.check(announce.info_hash, now)
         settings = self.settings
         wanted = min(announce.numwant, settings.max_numwant)
         if wanted < 0:
@@ -1605,14 +2086,22 @@ class Tracker:
         return counts, peers, int(settings.interval * (0.9 + 0.2 * random()))
 
     def scrape(self, info_hashes, now):
-        """Return Counts by info_hash; of all swarms for none, if that is allowed."""
+        """Return Counts by info_hash; of all swarms for none, if that is allowed.
+
+        What is not tracked has zeros: libtorrent fails if a torrent is missing.
+        """
+        tracks = self.access.tracks
         if info_hashes:
-            return self.store.scrape(info_hashes, now)
+            tracked = [i for i in info_hashes if tracks(i, now)]
+            return {
+                **dict.fromkeys(info_hashes, NOTHING),
+                **self.store.scrape(tracked, now),
+            }
         if not self.settings.full_scrape:
             raise TrackerError(
                 "info_hash is missing: this tracker does not list its torrents"
             )
-        return dict(self.store.swarms(now))
+        return {i: counts for i, counts in self.store.swarms(now) if tracks(i, now)}
 
     def totals(self, now):
         """Return the Totals: exact, and kept for a second per thousand swarms.
@@ -1633,7 +2122,9 @@ class Tracker:
 
 def open_tracker(settings):
     """Return the Tracker that keeps its peers where ``settings`` say."""
-    return Tracker(settings, FileStore(HERE / settings.data, settings))
+    data, torrents = HERE / settings.data, HERE / settings.torrents
+    catalogue = Catalogue(torrents, data / "torrents.json")
+    return Tracker(settings, Access(settings, catalogue), FileStore(data, settings))
 
 
 # -- Door -----------------------------------------------------------------------------
@@ -2232,7 +2723,8 @@ PAGE_HTML = """\
 <h1>{{ settings.title }}</h1>
 {% if settings.notice %}<p class="notice">{{ settings.notice }}</p>{% endif %}
 <p>This is a BitTorrent tracker: it tells those who share a torrent of one another.
-It holds no files. It is open: any torrent that is announced here is tracked.</p>
+It holds no files. {% if is_open %}It is open: any torrent that is announced here is
+tracked.{% else %}It tracks the torrents of its own list only.{% endif %}</p>
 <h2>Announce URL</h2>
 <code>{{ announce_url }}</code>
 <p>Give this URL to your client when you make a torrent, or add it to the trackers of
@@ -2287,6 +2779,7 @@ def front():
         settings=tracker.settings,
         announce_url=f"{request.url_root}announce",
         totals=tracker.totals(int(time.time()))._asdict(),
+        is_open=tracker.access.is_open_at(int(time.time())),
     )
 
 

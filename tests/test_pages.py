@@ -44,3 +44,8 @@ def test_prefix_stands_in_the_announce_url(tmp_path):
     assert "<code>http://tracker.test/tracker/announce</code>" in page
     assert 'href="/tracker/stats.json"' in page
     assert b"complete" in bencoder.bdecode(Client(mounted).get("/announce", QUERY)[2])
+
+
+def test_front_page_says_what_is_tracked(tracker):
+    assert b"any torrent that is announced" in tracker(track="any").get("/")[2]
+    assert b"torrents of its own list only" in tracker(track="listed").get("/")[2]

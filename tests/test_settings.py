@@ -25,7 +25,7 @@ def test_later_sources_win(tmp_path):
         "PATH": "/bin",
     }
     settings = load(tmp_path, ini, environ, {"title": "call"})
-    assert settings[:1] + settings[3:4] == ("call", 2000)
+    assert (settings.title, settings.interval) == ("call", 2000)
     assert (settings.numwant, settings.max_numwant) == (10, 100)
 
 

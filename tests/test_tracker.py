@@ -87,9 +87,7 @@ def test_addresses_in_the_query_are_ignored(tracker):
 
 
 def test_totals_are_exact_then_kept_a_while(tmp_path):
-    settings = make_settings()
-    store = bitbreeze.FileStore(tmp_path, settings)
-    tracker = bitbreeze.Tracker(settings, store)
+    tracker = bitbreeze.open_tracker(make_settings(data=str(tmp_path)))
 
     def announce(swarm, left, event=""):
         announce = bitbreeze.Announce(

@@ -1,0 +1,140 @@
+"""Access: what is tracked, as the folder and the lists beside it change."""
+
+import logging
+
+import pytest
+from conftest import NOW, Client, make_settings
+from test_torrents import torrent_of
+
+import app as bitbreeze
+
+LISTED = "torrent not registered with this tracker"
+HASH, OTHER = b"\xaa" * 20, b"\xbb" * 20
+
+
+@pytest.fixture
+def access(tmp_path):
+    """A function that makes an Access over a folder of the test's."""
+
+    def make(track="auto"):
+        torrents = bitbreeze.Catalogue(tmp_path / "torrents", tmp_path / "data/t.json")
+        return bitbreeze.Access(make_settings(track=track), torrents)
+
+    return make
+
+
+def put(folder, name="a"):
+    """Drop a torrent into the folder, and return its info_hash."""
+    (folder / "torrents").mkdir(exist_ok=True)
+    data = torrent_of(name)
+    (folder / "torrents" / f"{name}.torrent").write_bytes(data)
+    return bitbreeze.describe(bitbreeze.read_metainfo(data), "", 0).v1
+
+
+def test_auto_is_any_until_something_is_listed(access, tmp_path):
+    known = access()
+    assert known.tracks(HASH, NOW) and known.is_open()
+    listed = put(tmp_path)
+    assert known.tracks(listed, NOW + 1)
+    assert not known.tracks(HASH, NOW + 1)
+    assert not known.is_open()
+
+
+def test_auto_is_listed_with_an_allow_list(access, tmp_path):
+    (tmp_path / "allow.txt").write_text(HASH.hex())
+    known = access()
+    assert known.tracks(HASH, NOW)
+    assert not known.tracks(OTHER, NOW)
+
+
+def test_a_folder_of_bad_files_is_not_empty(access, tmp_path):
+    put(tmp_path)
+    (tmp_path / "torrents/a.torrent").write_bytes(b"bad")
+    known = access()
+    for second in range(4):
+        assert not known.tracks(HASH, NOW + second)
+
+
+@pytest.mark.parametrize(("track", "tracks"), [("any", True), ("listed", False)])
+def test_any_and_listed_say_it_outright(access, tmp_path, track, tracks):
+    assert access(track).tracks(HASH, NOW) == tracks
+    listed = put(tmp_path)
+    known = access(track)
+    assert known.tracks(listed, NOW)
+    assert known.tracks(HASH, NOW) == tracks
+
+
+def test_lists_take_whole_and_truncated_hashes_and_comments(access, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    (tmp_path / "allow.txt").write_text(
+        f"# ours\n\n{HASH.hex().upper()}  an ISO\n{'cc' * 32}# v2\n"
+        f"nonsense\n  {'dd' * 19}\n"
+    )
+    known = access()
+    for info_hash in (HASH, b"\xcc" * 20):
+        assert known.tracks(info_hash, NOW)
+    assert not known.tracks(b"\xdd" * 20, NOW)
+    assert [record.getMessage() for record in caplog.records] == known.allow.problems
+    assert [problem.split(", ")[1][:6] for problem in known.allow.problems] == [
+        "line 5",
+        "line 6",
+    ]
+
+
+def test_denied_is_denied_whatever_else_is_said(access, tmp_path):
+    listed = put(tmp_path)
+    (tmp_path / "deny.txt").write_text(listed.hex() + "\n" + HASH.hex())
+    for track in ("auto", "any", "listed"):
+        known = access(track)
+        assert not known.tracks(listed, NOW)
+        assert not known.tracks(HASH, NOW)
+
+
+def test_a_list_that_is_being_written_counts_as_before(access, tmp_path):
+    path = tmp_path / "allow.txt"
+    path.write_text(HASH.hex())
+    known = access()
+    assert known.tracks(HASH, NOW)
+    path.write_text("")
+    assert known.tracks(HASH, NOW + 1) and not known.tracks(OTHER, NOW + 1)
+    path.unlink()
+    assert known.tracks(HASH, NOW + 2) and not known.tracks(OTHER, NOW + 2)
+    path.write_text(OTHER.hex())
+    assert known.tracks(HASH, NOW + 3) and not known.tracks(OTHER, NOW + 3)
+    assert known.tracks(OTHER, NOW + 4) and not known.tracks(HASH, NOW + 4)
+
+
+def test_lists_that_cannot_be_read_leave_what_is_known(access, tmp_path, caplog):
+    (tmp_path / "allow.txt").write_text(HASH.hex())
+    known = access()
+    assert known.tracks(HASH, NOW)
+    (tmp_path / "allow.txt").unlink()
+    (tmp_path / "allow.txt").mkdir()
+    for second in range(1, 5):
+        assert known.tracks(HASH, NOW + second)
+        assert not known.tracks(OTHER, NOW + second)
+    assert len(caplog.records) == 1
+
+
+def test_nobody_is_sent_away_for_good_while_torrents_are_read(access, tmp_path):
+    for number in range(30):
+        put(tmp_path, str(number))
+    known = access()
+    known.catalogue.look(NOW, 0)
+    known._looked = NOW
+    with pytest.raises(bitbreeze.TrackerError, match="still reading"):
+        known.check(HASH, NOW)
+
+
+def test_what_is_not_listed_leaves_nothing_behind(tmp_path):
+    app = bitbreeze.create_app(
+        {"data": str(tmp_path / "data"), "torrents": str(tmp_path / "torrents")}
+    )
+    client, listed = Client(app), put(tmp_path)
+    reply = client.announce(1, info_hash=HASH)
+    assert reply[b"failure reason"] == LISTED.encode()
+    assert client.announce(1, info_hash=listed)[b"incomplete"] == 1
+    files = client.scrape(HASH, listed)[b"files"]
+    assert [files[i][b"incomplete"] for i in (HASH, listed)] == [0, 1]
+    swarms = [path for path in (tmp_path / "data/swarms").rglob("*") if path.is_file()]
+    assert [path.name for path in swarms] == [listed.hex()]

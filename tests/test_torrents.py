@@ -1,0 +1,218 @@
+"""Torrents: what .torrent files say, and a folder of them that changes under us."""
+
+import hashlib
+import logging
+
+import bencoder
+import libtorrent
+import pytest
+from conftest import NOW
+from hypothesis import given
+from hypothesis import strategies as st
+
+import app as bitbreeze
+
+FLAGS = {
+    "v1": libtorrent.create_torrent.v1_only,
+    "v2": libtorrent.create_torrent.v2_only,
+    "hybrid": 0,
+}
+
+
+def info_of(name, **changes):
+    """Return a small v1 info dictionary."""
+    known = {b"length": 5, b"name": name, b"piece length": 16384, b"pieces": b"p" * 20}
+    known |= {key.encode(): value for key, value in changes.items()}
+    return {key: value for key, value in known.items() if value is not None}
+
+
+def torrent_of(name, **changes):
+    """Return the bytes of a small .torrent file."""
+    return bencoder.bencode({b"info": info_of(name.encode(), **changes)})
+
+
+def catalogue(folder):
+    return bitbreeze.Catalogue(folder / "torrents", folder / "data/torrents.json")
+
+
+def names(catalogue):
+    return sorted(torrent.name for torrent in catalogue.torrents.values())
+
+
+@pytest.mark.parametrize("kind", FLAGS)
+def test_hashes_and_files_are_those_of_libtorrent(tmp_path, kind):
+    folder = tmp_path / "päyload"
+    (folder / "inner").mkdir(parents=True)
+    for number, path in enumerate(("a", "inner/b", "inner/ü")):
+        (folder / path).write_bytes(b"x" * 20000 * (number + 1))
+    made = libtorrent.create_torrent(
+        libtorrent.list_files(str(folder)), 16384, FLAGS[kind]
+    )
+    libtorrent.set_piece_hashes(made, str(tmp_path))
+    data = bencoder.bencode(made.generate())
+    hashes = libtorrent.torrent_info(made.generate()).info_hashes()
+    metainfo = bitbreeze.read_metainfo(data)
+    torrent = bitbreeze.describe(metainfo, "x.torrent", NOW)
+    assert (torrent.name, torrent.size, torrent.files) == ("päyload", 120000, 3)
+    assert torrent.v1 == (hashes.v1.to_bytes() if kind != "v2" else b"")
+    assert torrent.v2 == (hashes.v2.to_bytes() if kind != "v1" else b"")
+    assert [len(i) for i in torrent.info_hashes()] == [20] * (1 + (kind == "hybrid"))
+    assert dict(bitbreeze.files_of(metainfo[b"info"])) == {
+        ("a",): 20000,
+        ("inner", "b"): 40000,
+        ("inner", "ü"): 60000,
+    }
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "not bencoded"),
+        (b"<html>", "not bencoded"),
+        (b"i5e", "no dictionary called info"),
+        (b"d4:infoi5ee", "no dictionary called info"),
+        (b"l" * 50000 + b"e" * 50000, "nested more than 100 deep"),
+        (b"d1:ad" * 200, "nested more than 100 deep"),
+        (b"x" * (bitbreeze.BIGGEST + 1), "more than 10485760 bytes"),
+        (torrent_of("x")[:-1], "not bencoded"),
+        (torrent_of("x") + b"\n", "not bencoded"),
+        (b"d4:infod4:name1:x1:ai1eee", "not canonical"),
+        (torrent_of("x").replace(b"i5e", b"i05e"), ""),
+        (torrent_of(""), "no name"),
+        (torrent_of("x", length=-1), "no length"),
+        (torrent_of("x", length=None), "lists no files"),
+        (torrent_of("x", pieces=b"p" * 19), "no pieces of v1"),
+        (torrent_of("x", length=None, files=[{b"length": 1}]), "has no path"),
+        (torrent_of("x", length=None, files=[5]), "has no path"),
+        (torrent_of("x", length=None, files=[b"x"]), "has no path"),
+        (torrent_of("x", **{"file tree": {b"f": 5}}), "file tree is broken"),
+        (torrent_of("x", **{"piece length": 0}), "no piece length"),
+    ],
+)
+def test_what_is_no_torrent_has_a_reason(data, reason):
+    with pytest.raises(bitbreeze.TorrentError) as refusal:
+        bitbreeze.describe(bitbreeze.read_metainfo(data), "x", NOW)
+    assert reason in str(refusal.value)
+
+
+BENCODABLE = st.recursive(
+    st.integers(-9, 2**70) | st.binary(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from([*info_of(b"x"), b"files", b"path"]), inner)
+    ),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*info_of(b"x"), b"files", b""]), BENCODABLE))
+def test_any_info_is_described_or_refused(info):
+    data = bencoder.bencode({b"info": {**info_of(b"x"), **info}})
+    try:
+        torrent = bitbreeze.describe(bitbreeze.read_metainfo(data), "x", NOW)
+        assert torrent.size >= 0
+    except bitbreeze.TorrentError as error:
+        assert str(error)
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_read_or_refused(data):
+    with pytest.raises(bitbreeze.TorrentError):
+        bitbreeze.read_metainfo(data)
+
+
+def test_a_folder_that_changes(tmp_path):
+    folder, known = tmp_path / "torrents", catalogue(tmp_path)
+    known.look(NOW, 1)
+    assert known.is_empty()
+    (folder / "isos").mkdir(parents=True)
+    (folder / "isos/a.torrent").write_bytes(torrent_of("a"))
+    (folder / "b.torrent").write_bytes(torrent_of("b"))
+    (folder / "notes.txt").write_text("no torrent")
+    (folder / ".hidden.torrent").write_bytes(torrent_of("hidden"))
+    known.look(NOW + 1, 1)
+    assert names(known) == ["a", "b"]
+    assert {t.path for t in known.by_hash.values()} == {"isos/a.torrent", "b.torrent"}
+    (folder / "b.torrent").unlink()
+    known.look(NOW + 2, 1)
+    assert names(known) == ["a", "b"]  # it may come back in a moment
+    known.look(NOW + 3, 1)
+    assert names(known) == ["a"]
+    assert len(known.by_hash) == 1
+
+
+def test_a_file_written_over_counts_as_before_until_it_is_whole(tmp_path):
+    folder, known = tmp_path / "torrents", catalogue(tmp_path)
+    folder.mkdir()
+    (folder / "a.torrent").write_bytes(torrent_of("old"))
+    known.look(NOW, 1)
+    (folder / "a.torrent").write_bytes(torrent_of("new one")[:30])
+    known.look(NOW + 100, 1)
+    assert names(known) == ["old"]
+    (folder / "a.torrent").write_bytes(torrent_of("new one"))
+    known.look(NOW + 101, 1)
+    assert names(known) == ["new one"]
+    info = bencoder.bencode(info_of(b"new one"))
+    assert [*known.by_hash] == [hashlib.sha1(info).digest()]
+
+
+def test_what_is_skipped_is_logged_once_by_all(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    folder = tmp_path / "torrents"
+    folder.mkdir()
+    (folder / "bad.torrent").write_bytes(b"bad")
+    for _ in range(3):
+        known = catalogue(tmp_path)
+        for second in range(4):
+            known.look(NOW + second, 1)
+        assert "not bencoded" in known.skipped["bad.torrent"]
+        assert not known.is_empty()
+    assert len(caplog.records) == 1
+
+
+def test_a_torrent_in_two_places_stays_when_one_goes(tmp_path):
+    folder, known = tmp_path / "torrents", catalogue(tmp_path)
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / f"{name}.torrent").write_bytes(torrent_of("same"))
+    known.look(NOW, 1)
+    (folder / "b.torrent").unlink()
+    for second in (1, 2, 3):
+        known.look(NOW + second, 1)
+    assert [torrent.path for torrent in known.by_hash.values()] == ["a.torrent"]
+
+
+def test_many_are_read_bit_by_bit_and_known_to_the_next(tmp_path, monkeypatch):
+    folder, known = tmp_path / "torrents", catalogue(tmp_path)
+    folder.mkdir()
+    for number in range(50):
+        (folder / f"{number}.torrent").write_bytes(torrent_of(str(number)))
+    known.look(NOW, 0)
+    assert (len(known.torrents), len(known.unread)) == (1, 49)
+    for _ in range(49):
+        known.look(NOW + 1, 0)
+    assert (len(known.torrents), len(known.unread)) == (50, 0)
+    monkeypatch.setattr(bitbreeze, "read_metainfo", None)  # it need not be called again
+    other = catalogue(tmp_path)
+    other.look(NOW, 0)
+    assert other.torrents == known.torrents
+    assert other.by_hash == known.by_hash
+
+
+def test_a_damaged_memory_is_as_none(tmp_path):
+    folder = tmp_path / "torrents"
+    folder.mkdir()
+    (folder / "a.torrent").write_bytes(torrent_of("a"))
+    catalogue(tmp_path).look(NOW, 1)
+    for damage in (
+        b"",
+        b"{",
+        b"[]",
+        b'{"1": []}',
+        b'{"1": {"a.torrent": []}}',
+        b"\xff",
+    ):
+        (tmp_path / "data/torrents.json").write_bytes(damage)
+        known = catalogue(tmp_path)
+        known.look(NOW, 1)
+        assert names(known) == ["a"]
