@@ -10,20 +10,24 @@ and nothing to set up. An announce goes one way through the house:
 Parsing and replying are pure functions, ``now`` is an argument, and only the edges
 (Pages, Commands) touch a socket or a clock. The rooms, in reading order:
 
-    Settings   every setting once, where it is read from, what it may be
-    Errors     the one exception whose text a client reads
-    Values     what the rooms hand to each other
-    Addresses  who is asking, and who can reach whom
-    Requests   from a raw query to values
-    Replies    from values to bencoded bytes
-    Store      the contract, and peers in locked files
-    Torrents   the folder of .torrent files, and what they say
-    Access     what is tracked: any torrent, or those on lists
-    Tracker    announce and scrape over access and store: no sockets, no HTTP
-    Door       the WSGI door, where announce and scrape are answered; CGI
-    Doctor     what may be wrong with this host, and what to set
-    Pages      the front page, the numbers as JSON, the doctor's page
-    Commands   python app.py
+    Settings     every setting once, where it is read from, what it may be
+    Errors       the one exception whose text a client reads
+    Values       what the rooms hand to each other
+    Addresses    who is asking, and who can reach whom
+    Requests     from a raw query to values
+    Replies      from values to bencoded bytes
+    Store        the contract, and peers in locked files
+    Torrents     the folder of .torrent files, and what they say
+    Access       what is tracked: any torrent, or those on lists
+    Tracker      announce and scrape over access and store: no sockets, no HTTP
+    Door         the WSGI door, where announce and scrape are answered; CGI
+    Doctor       what may be wrong with this host, and what to set
+    Listing      the torrents that a page or a feed shows, and in which order
+    Templates    what pages look like
+    Pages        the front page, the pages of torrents, the doctor's page
+    Feeds        the same for programs: RSS and JSON
+    Application  the Flask application, for whatever serves it
+    Commands     python app.py
 """
 
 import configparser
@@ -51,7 +55,7 @@ from pathlib import Path
 from random import random
 from threading import Lock
 from typing import NamedTuple
-from urllib.parse import unquote_to_bytes
+from urllib.parse import quote, unquote_to_bytes
 
 import bencoder
 
@@ -318,6 +322,14 @@ class Totals(NamedTuple):
     partial_seeds: int
     snatches: int
     swarms: int  # those with at least one peer
+
+
+class Survey(NamedTuple):
+    """What was found when all swarms were counted."""
+
+    totals: Totals
+    listed: dict  # Counts by info_hash, of the torrents in the folder
+    known: int  # swarms, those with nobody in them too
 
 
 _tuple = tuple.__new__  # makes a named tuple for a third of what calling it costs
@@ -701,6 +713,10 @@ class Store:
 
     def peers(self, now):
         """Yield (info_hash, Peers) of every swarm, with all the peers that are kept."""
+        raise NotImplementedError
+
+    def last_seen(self, info_hash, now):
+        """Return about when anybody last announced, 0 where that is not known."""
         raise NotImplementedError
 
     def tidy(self, now):
@@ -1111,6 +1127,14 @@ class Swarm:
         seeders = peers - leechers
         return _tuple(Counts, (seeders, leechers, partial_seeds, self.snatches))
 
+    def last_seen(self):
+        """Return when a peer last announced, among the first that there are."""
+        for number in range(self.pages if self.tally[0] else 0):
+            page = self._page(number)
+            if page.peers:
+                return max(_SEEN.unpack_from(page.data, _WHOS)[: 2 * page.peers])
+        return self.emptied
+
     def peers(self):
         """Return all Peers of the swarm."""
         found = [self._page(number).columns() for number in range(self.pages)]
@@ -1473,6 +1497,9 @@ class FileStore(Store):
             if found:
                 yield info_hash, found
 
+    def last_seen(self, info_hash, now):
+        return self._visit(info_hash, now, False, Swarm.last_seen) or 0
+
     def tidy(self, now):
         """Look through one of the 256 folders, at most every ten seconds."""
         if abs(now - self._tidied) >= 10:
@@ -1743,6 +1770,68 @@ def _text(name):
     return name.decode("utf-8", "replace")
 
 
+class Details(NamedTuple):
+    """What the page of a torrent shows beside what the Torrent says."""
+
+    files: list  # of (path, bytes), as files_of yields them
+    piece_length: int  # bytes
+    comment: str
+    creator: str  # the program
+    created: int  # seconds since 1970, 0 for unknown
+    web_seeds: list  # URLs (BEP 19)
+
+
+def details_of(metainfo):
+    """Return the Details in a metainfo; what is of the wrong type counts as absent."""
+    info, created = metainfo[b"info"], metainfo.get(b"creation date")
+    seeds = metainfo.get(b"url-list")
+    seeds = seeds if isinstance(seeds, list) else [seeds]
+    comment = metainfo.get(b"comment.utf-8") or metainfo.get(b"comment")
+    return Details(
+        list(files_of(info)),
+        info[b"piece length"],
+        _text_or_none(comment),
+        _text_or_none(metainfo.get(b"created by")),
+        created if _is_number(created, 0) and created < 2**33 else 0,
+        list(filter(None, map(_text_or_none, seeds))),
+    )
+
+
+def _text_or_none(value):
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else ""
+
+
+def with_announce(metainfo, url):
+    """Return the bytes of a .torrent file that names the tracker at ``url`` first.
+
+    Other trackers come after it (BEP 12), but not in a private torrent: those are for
+    one tracker's peers only (BEP 27). The info dictionary stays as it is to the byte.
+    """
+    ours, changed = url.encode(), {**metainfo}
+    others = changed.pop(b"announce-list", None) or [[metainfo.get(b"announce")]]
+    if metainfo[b"info"].get(b"private") == 1 or not isinstance(others, list):
+        others = []
+    tiers = [[ours]]
+    for tier in others:
+        named = tier if isinstance(tier, list) else []
+        tiers.append(
+            [t for t in named if isinstance(t, bytes) and t not in (b"", ours)]
+        )
+    changed[b"announce"] = ours
+    if len(tiers := list(filter(None, tiers))) > 1:
+        changed[b"announce-list"] = tiers
+    return bencoder.bencode(changed)
+
+
+def magnet(torrent, url):
+    """Return the magnet link of a Torrent, tracked at ``url`` (BEP 9, 52)."""
+    topics = [f"urn:btih:{torrent.v1.hex()}"] if torrent.v1 else []
+    topics += [f"urn:btmh:1220{torrent.v2.hex()}"] if torrent.v2 else []  # a multihash
+    name, url = quote(torrent.name, safe=""), quote(url, safe="")
+    xt = "&".join(f"xt={topic}" for topic in topics)
+    return f"magnet:?{xt}&dn={name}&xl={torrent.size}&tr={url}"
+
+
 class Catalogue:
     """The torrents in a folder; the folders in it are categories.
 
@@ -1764,10 +1853,22 @@ class Catalogue:
         self._fading, self._unsettled = set(), {}  # paths, and signatures by path
         self._memo, self._memo_signature, self._news = {}, None, {}
         self._scanned, self._remembered = None, 0
+        self.version = 0  # another whenever the torrents are others
 
     def is_empty(self):
         """Return whether there is no .torrent file at all, good or bad."""
         return not self._found and not self._fading
+
+    def metainfo(self, torrent):
+        """Return what the file of a listed Torrent says; raise TorrentError."""
+        try:
+            with open(f"{self.folder}/{torrent.path}", "rb") as file:
+                metainfo = read_metainfo(file.read(BIGGEST + 1))
+        except OSError as error:
+            raise TorrentError(f"it cannot be read: {error.strerror}") from None
+        if describe(metainfo, torrent.path, torrent.added) != torrent:
+            raise TorrentError("it is being replaced")
+        return metainfo
 
     def look(self, now, seconds):
         """See what has changed, and read what is new for about so many seconds."""
@@ -1842,6 +1943,7 @@ class Catalogue:
         self.skipped.pop(path, None)
         if self.torrents.pop(path, None):
             self._is_stale = True
+            self.version += 1
 
     def _take(self, path, known):
         """Take in a Torrent, or the reason why there is none."""
@@ -1852,6 +1954,7 @@ class Catalogue:
             self.skipped[path] = known
             return
         self.torrents[path] = known
+        self.version += 1
         for info_hash in known.info_hashes():
             self.by_hash[info_hash] = known
 
@@ -2018,6 +2121,12 @@ class Access:
         self.look(now)
         return self.is_open()
 
+    def listed(self):
+        """Return the Torrents in the folder that are tracked, in any order."""
+        denied = self.deny.hashes
+        torrents = list(self.catalogue.torrents.values())
+        return [t for t in torrents if denied.isdisjoint(t.info_hashes())]
+
     def check(self, info_hash, now):
         """Raise TrackerError if a torrent is not tracked."""
         if self.tracks(info_hash, now):
@@ -2070,7 +2179,7 @@ class Tracker:
 
     def __init__(self, settings, access, store):
         self.settings, self.access, self.store = settings, access, store
-        self._totals, self._totals_until = None, (0, 0)
+        self._survey, self._survey_until, self._lock = None, (0, 0), Lock()
 
     def announce(self, announce, now):
         """Return (Counts, Peers, seconds to wait); raise TrackerError if refused."""
@@ -2104,20 +2213,34 @@ class Tracker:
         return {i: counts for i, counts in self.store.swarms(now) if tracks(i, now)}
 
     def totals(self, now):
-        """Return the Totals: exact, and kept for a second per thousand swarms.
+        """Return the Totals, as ``survey`` does."""
+        return self.survey(now).totals
+
+    def survey(self, now):
+        """Return the Survey: exact, and kept for a second per thousand swarms.
 
         Counting looks into every swarm, ten microseconds each: so it never takes more
         than a hundredth of the time, and in a small tracker every look is a new one.
         """
-        start, end = self._totals_until
-        if not start <= now < end:
-            swarms = [counts for _, counts in self.store.swarms(now)]
-            alive = sum(1 for counts in swarms if counts.seeders or counts.leechers)
-            self._totals = Totals(
-                *map(sum, zip(Counts(0, 0, 0, 0), *swarms, strict=True)), alive
-            )
-            self._totals_until = now, now + len(swarms) // 1000
-        return self._totals
+        start, end = self._survey_until
+        if start <= now < end or not self._lock.acquire(blocking=self._survey is None):
+            return self._survey  # another thread is counting
+        try:
+            self._survey = self._count(now)
+            self._survey_until = now, now + self._survey.known // 1000
+            return self._survey
+        finally:
+            self._lock.release()
+
+    def _count(self, now):
+        by_hash, listed = self.access.catalogue.by_hash, {}
+        sums, known, alive = NOTHING, 0, 0
+        for info_hash, counts in self.store.swarms(now):
+            sums, known = tuple(map(add, sums, counts)), known + 1
+            alive += bool(counts.seeders or counts.leechers)
+            if info_hash in by_hash:
+                listed[info_hash] = counts
+        return Survey(Totals(*sums, alive), listed, known)
 
 
 def open_tracker(settings):
@@ -2685,7 +2808,380 @@ def _examine_private_files(base):
                 )
 
 
+# -- Listing --------------------------------------------------------------------------
+# The torrents that a page, a feed or JSON shows, and in which order. What strangers
+# have named is made visible here, once for all of them.
+
+# Control and direction characters, halves of surrogates, and what XML cannot hold; not
+# the two joiners, which Persian and emoji are written with.
+_INVISIBLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
+    "\ud800-\udfff\ufeff\ufff9-\ufffb\ufffe\uffff\U000e0000-\U000e0fff]"
+)
+
+
+def visible(text):
+    """Return a stranger's text with what nobody would see as, say, ⟨U+202E⟩."""
+    return _INVISIBLE.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
+
+
+class Row(NamedTuple):
+    """A torrent as it is listed, with its swarm's counts."""
+
+    torrent: Torrent
+    counts: Counts
+    id: str  # hex: its info_hash of v1, or of v2 in full
+    name: str  # visible, as the category is
+    category: str  # the folder that its file is in, "" for none
+    searched: str  # what a search looks at
+
+
+def row_of(torrent, counts):
+    """Return the Row of a Torrent; ``counts`` are Counts by info_hash.
+
+    A client has both of a hybrid's swarms, or one: so the larger number is taken.
+    """
+    found = [counts.get(info_hash, NOTHING) for info_hash in torrent.info_hashes()]
+    folder = os.fsencode(torrent.path.rpartition("/")[0]).decode("utf-8", "replace")
+    name, category = visible(torrent.name), visible(folder)
+    return Row(
+        torrent,
+        Counts(*map(max, zip(*found, strict=True))),
+        (torrent.v1 or torrent.v2).hex(),
+        name,
+        category,
+        f"{torrent.name}\n{name}\n{category}".casefold(),
+    )
+
+
+ORDERS = {  # by the name of a column; "-" before it turns the order round
+    "name": lambda row: row.name.casefold(),
+    "size": lambda row: row.torrent.size,
+    "seeders": lambda row: row.counts.seeders,
+    "leechers": lambda row: row.counts.leechers,
+    "completed": lambda row: row.counts.snatches,
+    "added": lambda row: row.torrent.added,
+}
+NEWEST = "-added"
+
+
+class Listing:
+    """All listed torrents at one time."""
+
+    def __init__(self, torrents, counts):
+        """List Torrents, with Counts by info_hash."""
+        self.rows = [row_of(torrent, counts) for torrent in torrents]
+        self._ordered = {}  # rows by the name of an order, as they are asked for
+        self.categories = sorted({row.category for row in self.rows if row.category})
+
+    def select(self, words="", category="", order=NEWEST):
+        """Return the Rows that have all of the words, in a category or below it."""
+        rows, words = self._in_order(order), words.casefold().split()
+        if category:
+            inside = (category, *(c for c in self.categories if _below(c, category)))
+            rows = [row for row in rows if row.category in inside]
+        if not words:
+            return rows
+        return [row for row in rows if all(word in row.searched for word in words)]
+
+    def _in_order(self, order):
+        if order not in self._ordered:
+            by_name = sorted(self.rows, key=ORDERS["name"])
+            name, is_reversed = order.lstrip("-"), order.startswith("-")
+            by_name.sort(key=ORDERS[name], reverse=is_reversed)
+            self._ordered[order] = by_name
+        return self._ordered[order]
+
+
+def _below(category, above):
+    return category.startswith(f"{above}/")
+
+
+class Folder(NamedTuple):
+    """A folder in a torrent."""
+
+    name: str
+    size: int  # bytes of all that is in it
+    folders: list  # of Folder
+    files: list  # of (name, bytes)
+
+
+def folder_of(files, name="", depth=0):
+    """Return the Folder that files are in; ``files`` are as files_of yields them.
+
+    Names are made visible. Below twenty folders the rest of a path is one name: nobody
+    looks there, but templates go down by recursion.
+    """
+    folder = Folder(name, sum(size for _, size in files), [], [])
+    below = {}  # files by the name of their folder
+    for path, size in files:
+        if len(path) > 1 and depth < 20:
+            below.setdefault(path[0], []).append((path[1:], size))
+        else:
+            folder.files.append((visible("/".join(path)), size))
+    for inner, found in below.items():
+        folder.folders.append(folder_of(found, visible(inner), depth + 1))
+    return folder
+
+
+# -- Templates ------------------------------------------------------------------------
+# One style sheet, no script, nothing from elsewhere: it says so to browsers, too.
+
+STYLE = """
+:root { color-scheme: light dark; --text: #1c2127; --back: #fff; --faint: #59636e;
+  --line: #d0d7de; --link: #0b57a8; --bad: #b3261e; --soft: #f3f5f7 }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6e9ec; --back: #14181c; --faint: #a3adb7; --line: #39414a;
+    --link: #82b8ff; --bad: #ff938a; --soft: #1f252b } }
+body { margin: 0 auto; padding: 1rem; max-width: 64rem; color: var(--text);
+  background: var(--back); font: 1rem/1.5 system-ui, sans-serif }
+h1 { margin: .5rem 0; line-height: 1.2 } h2 { margin: 2rem 0 .5rem; line-height: 1.2 }
+h1, td, dd, li { overflow-wrap: anywhere }
+a { color: var(--link) } a:focus-visible { outline: 2px solid; outline-offset: 2px }
+code { padding: .1rem .3rem; background: var(--soft); overflow-wrap: anywhere;
+  user-select: all } .url code { display: block; padding: .6rem .75rem }
+.notice { padding-left: .75rem; border-left: 3px solid #d08700 }
+.numbers { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; margin: 1rem 0 }
+.numbers dd { font-size: 1.6rem; line-height: 1.2 }
+dt, .faint { color: var(--faint) } dd { margin: 0 } .bad { color: var(--bad) }
+.about { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.25rem }
+@media (max-width: 30rem) { .about { grid-template-columns: 1fr; gap: 0 }
+  .about dd { margin-bottom: .6rem } }
+form { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; margin: 1rem 0 }
+label { display: grid; color: var(--faint); font-size: .875rem }
+input, select, button { font: inherit; padding: .4rem .6rem; max-width: 100%;
+  box-sizing: border-box; color: var(--text); background: var(--back);
+  border: 1px solid var(--faint); border-radius: .3rem } .search { flex: 1 1 14rem }
+select { max-width: 16rem }
+table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .5rem .4rem; text-align: right; vertical-align: top;
+  border-bottom: 1px solid var(--line) } th { white-space: nowrap }
+th:first-child, td:first-child { padding-left: 0; text-align: left }
+td:first-child { width: 100% } td { white-space: nowrap }
+td:first-child, td small { white-space: normal } small a { margin-right: .5rem }
+tr.dead td:first-child { padding-left: .6rem; border-left: 3px solid var(--bad) }
+@media (max-width: 40rem) { thead { display: none }
+  tr { display: flex; flex-wrap: wrap; padding: .5rem 0;
+    border-bottom: 1px solid var(--line) }
+  td { padding: 0 1rem 0 0; border: 0 } td:first-child { width: auto; flex: 1 0 95% }
+  td:nth-child(n+2)::before { color: var(--faint) }
+  td:nth-child(3)::before { content: "seeders " }
+  td:nth-child(4)::before { content: "leechers " }
+  td:nth-child(5)::before { content: "completed " }
+  td:nth-child(6)::before { content: "age " } }
+.pages, .actions { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1rem 0 }
+.actions a { padding: .5rem 1rem; border: 1px solid; border-radius: .3rem }
+.tree ul, ul.tree { margin: 0; padding-left: 1.25rem; list-style: none }
+ul.tree { padding-left: 0 } summary { cursor: pointer }
+.comment { white-space: pre-wrap; padding: .6rem .75rem; background: var(--soft) }
+.findings { padding: 0; list-style: none } .findings li { margin: .75rem 0;
+  padding: .25rem .75rem; border-left: .4rem solid #2e8b57 }
+.findings .warning { border-color: #d08700 }
+.findings .failure { border-color: #c8281e }
+svg { display: block; width: 100%; height: auto } footer { margin-top: 3rem }
+footer a { margin-right: 1rem }
+"""
+
+ICON = (  # two winds and a breeze
+    "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'"
+    " viewBox='0 0 16 16' fill='none' stroke='%232a7ae2' stroke-width='1.6'"
+    " stroke-linecap='round'%3E%3Cpath"
+    " d='M1 5h9a2 2 0 1 0-2-2M1 8h12M1 11h7a2 2 0 1 1-2 2'/%3E%3C/svg%3E"
+)
+
+TEMPLATES = {
+    "base.html": """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{% block title %}{{ title }}{% endblock %}</title>
+<link rel="icon" href="{{ icon }}">
+{% block head %}{% endblock -%}
+<style>{{ style }}</style>
+</head>
+<body>
+{% block home %}<nav><a href="{{ root }}">{{ title }}</a></nav>{% endblock %}
+<main>
+{% block main %}{% endblock %}
+</main>
+<footer class="faint">{% block footer %}{% endblock %}BitBreeze</footer>
+</body>
+</html>
+""",
+    "front.html": """\
+{% extends "base.html" %}
+{% block head %}
+<link rel="alternate" type="application/rss+xml" title="{{ title }}" href="{{ feed }}">
+{% endblock %}
+{% block home %}{% endblock %}
+{% block main %}
+<h1>{{ title }}</h1>
+{% if notice %}<p class="notice">{{ notice }}</p>{% endif %}
+<p>This is a BitTorrent tracker: it tells those who share a torrent of one another.
+It holds no files. {% if is_open %}It is open: any torrent that is announced here is
+tracked.{% else %}It tracks the torrents of its own list only.{% endif %}
+Its announce URL:</p>
+<p class="url"><code>{{ announce_url }}</code></p>
+<dl class="numbers">
+  {% for name in ("seeders", "leechers", "swarms") -%}
+  <div><dt>{{ name }}</dt><dd>{{ "{:,}".format(totals[name]) }}</dd></div>
+  {% endfor -%}
+  {% if listed %}<div><dt>torrents</dt><dd>{{ "{:,}".format(listed) }}</dd></div>
+  {% endif %}
+</dl>
+{% if unread %}<p class="notice">{{ unread }} more torrents are being read.</p>
+{% endif %}
+{% if listed %}{% include "list.html" %}{% endif %}
+{% endblock %}
+{% block footer %}
+{% if listed %}<a href="{{ feed }}">Feed</a>
+<a href="{{ root }}torrents.json">The list as JSON</a>{% endif %}
+<a href="{{ root }}stats.json">The numbers as JSON</a>
+{% endblock %}
+""",
+    "list.html": """\
+<h2 id="torrents">Torrents</h2>
+<form role="search" action="{{ root }}#torrents">
+  <label class="search">Search
+    <input type="search" name="q" value="{{ asked.q }}" maxlength="200"></label>
+  {% if categories %}<label>Category <select name="category">
+    <option value="">all</option>
+    {% for each in categories -%}
+    <option{% if each == asked.category %} selected{% endif %}>{{ each }}</option>
+    {% endfor %}</select></label>{% endif %}
+  <label>Sort by <select name="sort">
+    {% for each, text in sorts -%}
+    <option value="{{ each }}"{% if each == asked.sort %} selected{% endif %}>{{ text }}
+    </option>
+    {% endfor %}</select></label>
+  <button>Search</button>
+</form>
+{% if not rows %}
+<p>No torrent is called that. <a href="{{ root }}#torrents">Show all</a></p>
+{% else %}
+<table>
+<thead><tr>
+  {% for column in columns -%}
+  <th scope="col"{% if column.sorted %} aria-sort="{{ column.sorted }}"{% endif %}>
+  <a href="{{ column.link }}">{{ column.text }}</a>{{ column.arrow }}</th>
+  {% endfor %}
+</tr></thead>
+<tbody>
+{% for row in rows -%}
+{% set counts = row.counts -%}
+<tr{% if not counts.seeders %} class="dead"{% endif %}>
+<td><a href="{{ root }}torrent/{{ row.id }}"><bdi>{{ row.name }}</bdi></a><br>
+<small>{% if row.category %}<a class="faint" href="{{ root }}?category=
+{{- row.category | urlencode }}#torrents"><bdi>{{ row.category }}</bdi></a>
+{% endif %}<a href="{{ row | magnet }}" aria-label="magnet link of {{ row.name }}">
+{{- "magnet" }}</a><a href="{{ root }}torrent/{{ row.id }}.torrent"
+ aria-label="download {{ row.name }}">.torrent</a>
+{%- if not counts.seeders %}<b class="bad">nobody seeds it</b>{% endif %}</small></td>
+<td>{{ row.torrent.size | size }}</td>
+<td>{{ counts.seeders }}</td>
+<td>{{ counts.leechers }}</td>
+<td>{{ counts.snatches }}</td>
+<td>{{ (now - row.torrent.added) | span }}</td>
+</tr>
+{% endfor %}
+</tbody>
+</table>
+<nav class="pages" aria-label="Pages">
+{% if previous %}<a href="{{ previous }}" rel="prev">Previous</a>{% endif %}
+<span>{{ found }} torrents, page {{ asked.page }} of {{ last }}</span>
+{% if next %}<a href="{{ next }}" rel="next">Next</a>{% endif %}
+</nav>
+{% endif %}
+""",
+    "torrent.html": """\
+{% extends "base.html" %}
+{% block title %}{{ row.name }} - {{ title }}{% endblock %}
+{% block main %}
+<h1><bdi>{{ row.name }}</bdi></h1>
+{% if row.category %}<p class="faint"><bdi>{{ row.category }}</bdi></p>{% endif %}
+{% if not row.counts.seeders %}<p class="bad"><b>Nobody seeds it at the moment.</b></p>
+{% endif %}
+<dl class="numbers">
+  <div><dt>seeders</dt><dd>{{ row.counts.seeders }}</dd></div>
+  <div><dt>leechers</dt><dd>{{ row.counts.leechers }}</dd></div>
+  <div><dt>completed</dt><dd>{{ row.counts.snatches }}</dd></div>
+</dl>
+<p class="actions">
+<a href="{{ root }}torrent/{{ row.id }}.torrent">Download .torrent</a>
+<a href="{{ row | magnet }}">Magnet link</a></p>
+<dl class="about">
+  <dt>Size</dt><dd>{{ row.torrent.size | size }}
+  ({{ "{:,}".format(row.torrent.size) }} bytes)</dd>
+  <dt>Pieces of</dt><dd>{{ details.piece_length | size }}</dd>
+  {% if row.torrent.v1 %}<dt>Info hash</dt>
+  <dd><code>{{ row.torrent.v1.hex() }}</code></dd>{% endif %}
+  {% if row.torrent.v2 %}<dt>Info hash v2</dt>
+  <dd><code>{{ row.torrent.v2.hex() }}</code></dd>{% endif %}
+  <dt>Added</dt><dd>{{ row.torrent.added | date }}</dd>
+  {% if details.created %}<dt>Made</dt><dd>{{ details.created | date }}</dd>{% endif %}
+  {% if details.creator %}<dt>Made by</dt>
+  <dd><bdi>{{ details.creator | visible }}</bdi></dd>{% endif %}
+  <dt>Last seen</dt><dd>{% if seen %}{{ seen | date }}{% else %}never{% endif %}</dd>
+  {% if row.torrent.is_private %}<dt>Private</dt><dd>Yes: its peers come from this
+  tracker only.</dd>{% endif %}
+  {% for seed in details.web_seeds %}<dt>Web seed</dt>
+  <dd>{{ seed | visible }}</dd>{% endfor %}
+</dl>
+{% if details.comment %}<h2>Comment</h2>
+<p class="comment" dir="auto">
+{%- for line in details.comment.splitlines() %}{{ line | visible }}
+{% endfor %}</p>{% endif %}
+<h2>Files</h2>
+<ul class="tree">{% include "tree.html" %}</ul>
+{% if hidden %}<p>And {{ "{:,}".format(hidden) }} more:
+<a href="{{ root }}torrent/{{ row.id }}.json">all of them as JSON</a>.</p>{% endif %}
+{% endblock %}
+{% block footer %}<a href="{{ root }}torrent/{{ row.id }}.json">This as JSON</a>
+{% endblock %}
+""",
+    "tree.html": """\
+{% macro inside(folder) -%}
+{% for each in folder.folders -%}
+<li><details><summary><bdi>{{ each.name }}</bdi>
+<span class="faint">{{ each.size | size }}</span></summary>
+<ul>{{ inside(each) }}</ul></details></li>
+{% endfor -%}
+{% for name, size in folder.files -%}
+<li><bdi>{{ name }}</bdi> <span class="faint">{{ size | size }}</span></li>
+{% endfor -%}
+{% endmacro -%}
+{{ inside(folder) }}""",
+    "doctor.html": """\
+{% extends "base.html" %}
+{% block title %}Doctor{% endblock %}
+{% block head %}<meta name="robots" content="noindex">{% endblock %}
+{% block main %}
+<h1>Doctor</h1>
+<ul class="findings">
+  {% for finding in findings -%}
+  <li class="{{ finding.level }}"><b>{{ finding.level }}</b>: {{ finding.text }}</li>
+  {% endfor %}
+</ul>
+<p><a href="?{{ {"key": key, "through": 1} | urlencode }}">Ask this tracker through its
+own front end</a>, as <code>python app.py doctor URL</code> does from anywhere.</p>
+{% endblock %}
+""",
+    "error.html": """\
+{% extends "base.html" %}
+{% block title %}{{ error.name }}{% endblock %}
+{% block main %}
+<h1>{{ error.name }}</h1>
+<p>{{ error.description }}</p>
+{% endblock %}
+""",
+}
+
 # -- Pages ----------------------------------------------------------------------------
+
+import base64  # noqa: E402
+import io  # noqa: E402
 
 import click  # noqa: E402  (why so late: see the end of Door)
 from flask import (  # noqa: E402
@@ -2693,94 +3189,186 @@ from flask import (  # noqa: E402
     Flask,
     abort,
     current_app,
-    render_template_string,
+    render_template,
     request,
+    send_file,
 )
 from flask.logging import default_handler, has_level_handler  # noqa: E402
+from jinja2 import DictLoader  # noqa: E402
+from markupsafe import Markup  # noqa: E402
+from werkzeug.exceptions import HTTPException  # noqa: E402
+from werkzeug.http import http_date  # noqa: E402
 from werkzeug.middleware.proxy_fix import ProxyFix  # noqa: E402
 
-PAGE_HTML = """\
-<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{{ settings.title }}</title>
-<style>
-  body { font: 1rem/1.5 system-ui, sans-serif; max-width: 40rem; margin: auto;
-         padding: 1rem 1rem 3rem }
-  h1 { line-height: 1.2; overflow-wrap: anywhere }
-  code { display: block; padding: .75rem; border: 1px solid #8888; border-radius: .4rem;
-         overflow-wrap: anywhere; user-select: all }
-  dl { display: grid; gap: 1rem;
-       grid-template-columns: repeat(auto-fit, minmax(6rem, 1fr)) }
-  dl div { border-top: 3px solid #2a7ae2; padding-top: .5rem }
-  dt { color: #767676 }
-  dd { margin: 0; font-size: 1.75rem; font-variant-numeric: tabular-nums }
-  .notice { border-left: 3px solid #d08700; padding-left: .75rem }
-  footer { color: #767676; margin-top: 2rem }
-</style>
-<h1>{{ settings.title }}</h1>
-{% if settings.notice %}<p class="notice">{{ settings.notice }}</p>{% endif %}
-<p>This is a BitTorrent tracker: it tells those who share a torrent of one another.
-It holds no files. {% if is_open %}It is open: any torrent that is announced here is
-tracked.{% else %}It tracks the torrents of its own list only.{% endif %}</p>
-<h2>Announce URL</h2>
-<code>{{ announce_url }}</code>
-<p>Give this URL to your client when you make a torrent, or add it to the trackers of
-one you have.</p>
-<h2>Now</h2>
-<dl>
-  {% for name in ("seeders", "leechers", "swarms") -%}
-  <div><dt>{{ name }}</dt><dd>{{ "{:,}".format(totals[name]) }}</dd></div>
-  {% endfor %}
-</dl>
-<footer>BitBreeze.
-<a href="{{ url_for("pages.stats") }}">The numbers as JSON</a></footer>
-</html>
-"""
-
-DOCTOR_HTML = """\
-<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta name="robots" content="noindex">
-<title>Doctor</title>
-<style>
-  body { font: 1rem/1.5 system-ui, sans-serif; max-width: 46rem; margin: auto;
-         padding: 1rem 1rem 3rem; overflow-wrap: anywhere }
-  ul { list-style: none; padding: 0 }
-  li { border-left: .4rem solid #2e8b57; padding: .25rem .75rem; margin: .75rem 0 }
-  li.warning { border-color: #d08700 }
-  li.failure { border-color: #c8281e }
-</style>
-<h1>Doctor</h1>
-<ul>
-  {% for finding in findings -%}
-  <li class="{{ finding.level }}"><b>{{ finding.level }}</b>: {{ finding.text }}</li>
-  {% endfor %}
-</ul>
-<p><a href="?{{ {"key": key, "through": 1} | urlencode }}">Ask this tracker through its
-own front end</a>, as <code>python app.py doctor URL</code> does from anywhere.</p>
-</html>
-"""
+PER_PAGE = 100  # torrents
+FILES_SHOWN = 2000  # of a torrent, on its page
+COLUMNS = (  # the order that a heading asks for first
+    ("name", "Name"),
+    ("-size", "Size"),
+    ("-seeders", "Seeders"),
+    ("-leechers", "Leechers"),
+    ("-completed", "Completed"),
+    ("-added", "Age"),
+)
+SORTS = (
+    ("-added", "newest"),
+    ("added", "oldest"),
+    ("name", "name"),
+    ("-seeders", "most seeders"),
+    ("-leechers", "most leechers"),
+    ("-completed", "most completed"),
+    ("-size", "largest"),
+    ("size", "smallest"),
+)
 
 pages = Blueprint("pages", __name__)
 
 
+class Asked(NamedTuple):
+    """Which torrents a request asks for."""
+
+    q: str  # words to search for
+    category: str
+    sort: str
+    page: int
+
+    def rows(self, listing):
+        """Return all Rows of a Listing that are asked for, in order."""
+        return listing.select(self.q, self.category, self.sort)
+
+    def link(self, path, **changes):
+        """Return a link to the same, but for ``changes``."""
+        usual = Asked("", "", NEWEST, 1)._asdict()
+        wanted = {**self._asdict(), **changes}
+        query = urlencode({n: v for n, v in wanted.items() if v != usual[n]})
+        return f"{_root()}{path}?{query}" if query else f"{_root()}{path}"
+
+
+def _asked():
+    """Return what the request asks for; what makes no sense counts as not said."""
+    words, category = request.args.get("q", ""), request.args.get("category", "")
+    sort, page = request.args.get("sort", ""), request.args.get("page", "")
+    return Asked(
+        words[:200].strip(),
+        category,
+        sort if sort.lstrip("-") in ORDERS and sort[:2] != "--" else NEWEST,
+        int(page) if page.isdecimal() and 0 < len(page) < 7 and int(page) else 1,
+    )
+
+
+def _root():
+    """Return the path of the front page: hosts mount the tracker where they like."""
+    return f"{request.script_root}/"
+
+
+def _announce_url():
+    return f"{request.url_root}announce"
+
+
+def _now():
+    return int(time.time())
+
+
 @pages.get("/")
 def front():
-    """The front page: the announce URL, and how much is going on."""
-    tracker = current_app.tracker
-    return render_template_string(
-        PAGE_HTML,
-        settings=tracker.settings,
-        announce_url=f"{request.url_root}announce",
-        totals=tracker.totals(int(time.time()))._asdict(),
-        is_open=tracker.access.is_open_at(int(time.time())),
+    """The announce URL, how much is going on, and the list of torrents."""
+    now, tracker, asked = _now(), current_app.tracker, _asked()
+    listing = current_app.listing(now)
+    return render_template(
+        "front.html",
+        now=now,
+        notice=tracker.settings.notice,
+        announce_url=_announce_url(),
+        totals=tracker.totals(now)._asdict(),
+        is_open=tracker.access.is_open(),
+        unread=len(tracker.access.catalogue.unread),
+        listed=len(listing.rows),
+        categories=listing.categories,
+        feed=asked.link("feed.xml", sort=NEWEST, page=1),
+        sorts=SORTS,
+        **_page_of(asked.rows(listing), asked),
     )
+
+
+def _page_of(rows, asked):
+    """Return what the template of the list needs to show one page of ``rows``."""
+    last = max(1, -(-len(rows) // PER_PAGE))
+    asked = asked._replace(page=min(asked.page, last))
+    number, columns = asked.page, []
+    for order, text in COLUMNS:
+        turned = order[1:] if order.startswith("-") else f"-{order}"
+        is_turned, is_sorted = asked.sort == order, asked.sort in (order, turned)
+        link = asked.link("", sort=turned if is_turned else order, page=1)
+        is_down = asked.sort.startswith("-") != (order == "-added")  # the age goes up
+        columns.append({
+            "text": text, "link": f"{link}#torrents",
+            "sorted": is_sorted and ("descending" if is_down else "ascending"),
+            "arrow": (" ▼" if is_down else " ▲") if is_sorted else "",
+        })  # fmt: skip
+    return {
+        "asked": asked,
+        "rows": rows[(number - 1) * PER_PAGE : number * PER_PAGE],
+        "found": len(rows),
+        "last": last,
+        "previous": number > 1 and asked.link("", page=number - 1) + "#torrents",
+        "next": number < last and asked.link("", page=number + 1) + "#torrents",
+        "columns": columns,
+    }
+
+
+@pages.get("/torrent/<info_hash>")
+def torrent_page(info_hash):
+    """All that is known of a torrent."""
+    now, row = _now(), _row_or_404(info_hash)
+    details = details_of(_metainfo_or_404(row.torrent))
+    # A torrent of one file has no path for it.
+    files = [(path or (row.torrent.name,), size) for path, size in details.files]
+    store, hashes = current_app.tracker.store, row.torrent.info_hashes()
+    return render_template(
+        "torrent.html",
+        row=row,
+        details=details,
+        seen=max(store.last_seen(each, now) for each in hashes),
+        folder=folder_of(files[:FILES_SHOWN]),
+        hidden=max(0, len(files) - FILES_SHOWN),
+    )
+
+
+@pages.get("/torrent/<info_hash>.torrent")
+def download(info_hash):
+    """The .torrent file, with this tracker put in."""
+    row = _row_or_404(info_hash)
+    data = with_announce(_metainfo_or_404(row.torrent), _announce_url())
+    name = re.sub(r'[/\\:*?"<>|]', "_", row.name)[:120].strip(". ")
+    return send_file(
+        io.BytesIO(data),
+        mimetype="application/x-bittorrent",
+        as_attachment=True,
+        download_name=f"{name or row.id}.torrent",
+        etag=sha1(data).hexdigest(),
+        last_modified=row.torrent.added,
+    )
+
+
+def _row_or_404(info_hash):
+    """Return the Row that a hash in hex names: v1, v2, or v2 truncated."""
+    access, now = current_app.tracker.access, _now()
+    access.look(now)
+    if re.fullmatch("[0-9a-fA-F]{40}|[0-9a-fA-F]{64}", info_hash):
+        found = bytes.fromhex(info_hash)
+        torrent = access.catalogue.by_hash.get(found[:20])
+        if torrent and found in (torrent.v1, torrent.v2, torrent.v2[:20]):
+            if access.deny.hashes.isdisjoint(torrent.info_hashes()):
+                hashes = torrent.info_hashes()
+                return row_of(torrent, current_app.tracker.scrape(hashes, now))
+    abort(404, "No torrent with that hash is on this tracker's list.")
+
+
+def _metainfo_or_404(torrent):
+    try:
+        return current_app.tracker.access.catalogue.metainfo(torrent)
+    except TorrentError:
+        abort(404, "The file of this torrent is being replaced. Try again soon.")
 
 
 @pages.get("/doctor")
@@ -2788,7 +3376,9 @@ def doctor_page():
     """The doctor's findings of this host and of this request, for the operator."""
     tracker, now = current_app.tracker, time.time()
     key = tracker.settings.operator_key
-    if not key or not hmac.compare_digest(request.args.get("key", ""), key):
+    if not key or not hmac.compare_digest(
+        request.args.get("key", "").encode(), key.encode()
+    ):
         abort(404)
     findings = [
         *examine_host(tracker, now),
@@ -2796,15 +3386,202 @@ def doctor_page():
     ]
     if "through" in request.args:
         findings += examine_url(request.url_root, time.time)
-    page = render_template_string(DOCTOR_HTML, findings=findings, key=key)
-    return page, {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
+    page = render_template("doctor.html", findings=findings, key=key)
+    return page, {"Cache-Control": "no-store"}
+
+
+@pages.app_errorhandler(HTTPException)
+def error_page(error):
+    """An error of HTTP as a page like the others."""
+    if not error.code or error.code < 400:
+        return error  # a redirect
+    response = error.get_response()
+    response.data = render_template("error.html", error=error)
+    return response
+
+
+_STYLE_HASH = base64.b64encode(sha256(STYLE.encode()).digest()).decode()
+_HEADERS = {
+    "Content-Security-Policy": (
+        f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; img-src data:;"
+        " form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    ),
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+@pages.after_app_request
+def guard(response):
+    """Have browsers run, load and tell nothing, whatever strangers named a torrent."""
+    response.headers.update(_HEADERS)
+    return response
+
+
+@pages.app_context_processor
+def _about():
+    return {
+        "title": current_app.tracker.settings.title,
+        "root": _root(),
+        "style": Markup(STYLE),
+        "icon": ICON,
+    }
+
+
+@pages.app_template_filter("magnet")
+def _magnet(row):
+    return magnet(row.torrent, _announce_url())
+
+
+@pages.app_template_filter("size")
+def size_text(size):
+    """Return a number of bytes as people read it."""
+    if size < 1024:
+        return f"{size} B"
+    power = min(5, (size.bit_length() - 1) // 10)
+    value = size / 1024**power
+    return f"{value:.{0 if value >= 100 else 1}f} {' KMGTP'[power]}iB"
+
+
+@pages.app_template_filter("span")
+def span_text(seconds):
+    """Return a time as people read it, in its largest unit."""
+    units = (31557600, "year"), (2629800, "month"), (86400, "day"), (3600, "hour")
+    for unit, name in (*units, (60, "minute"), (1, "second")):
+        if number := max(0, seconds) // unit:
+            return f"{number} {name}{'s' * (number > 1)}"
+    return "now"
+
+
+@pages.app_template_filter("date")
+def date_text(seconds):
+    """Return seconds since 1970 as a date in UTC."""
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+
+
+pages.add_app_template_filter(visible)
+
+# -- Feeds ----------------------------------------------------------------------------
+# The same for programs: RSS 2.0, which qBittorrent and other clients subscribe to, and
+# JSON, which pages of any site may read.
+
+from xml.etree import ElementTree  # noqa: E402
+
+ANYWHERE = {"Access-Control-Allow-Origin": "*"}
+IN_FEED = 100  # torrents
+
+
+@pages.get("/feed.xml")
+def feed():
+    """The newest torrents of a search, of a category, or of all."""
+    asked = _asked()._replace(sort=NEWEST)
+    rows = asked.rows(current_app.listing(_now()))[:IN_FEED]
+    here, title = request.url_root, current_app.tracker.settings.title
+    about = [title, *filter(None, (visible(asked.category), visible(asked.q)))]
+    response = current_app.response_class(
+        rss(" / ".join(about), here, request.url, rows),
+        content_type="application/rss+xml; charset=utf-8",
+    )
+    return _if_changed(response, rows)
+
+
+def rss(title, site, url, rows):
+    """Return an RSS 2.0 document of Rows; ``site`` and ``url`` are those of the feed.
+
+    An enclosure's length is that of the download, as other trackers have it: clients
+    show it as such.
+    """
+    atom = "http://www.w3.org/2005/Atom"
+    ElementTree.register_namespace("atom", atom)
+    root = ElementTree.Element("rss", version="2.0")
+    channel = ElementTree.SubElement(root, "channel")
+    _texts(
+        channel, title=title, link=site, description=f"Torrents of {title}", ttl="30"
+    )
+    itself = {"href": url, "rel": "self", "type": "application/rss+xml"}
+    ElementTree.SubElement(channel, f"{{{atom}}}link", itself)
+    for row in rows:
+        item, page = ElementTree.SubElement(channel, "item"), f"{site}torrent/{row.id}"
+        size, number = size_text(row.torrent.size), row.torrent.files
+        _texts(item, title=row.name, link=page, description=f"{size}, {number} file(s)")
+        _texts(
+            item, pubDate=http_date(row.torrent.added), category=row.category or None
+        )
+        name = ElementTree.SubElement(item, "guid", isPermaLink="false")
+        name.text = f"urn:btih:{row.id}"
+        enclosed = {"url": f"{page}.torrent", "type": "application/x-bittorrent"}
+        enclosed["length"] = str(row.torrent.size)
+        ElementTree.SubElement(item, "enclosure", enclosed)
+    return ElementTree.tostring(root, "utf-8", xml_declaration=True)
+
+
+def _texts(element, **texts):
+    for name, text in texts.items():
+        if text is not None:
+            ElementTree.SubElement(element, name).text = text
+
+
+def _if_changed(response, rows):
+    """Answer with 304 if the client knows the same; ``rows`` are what it says."""
+    response.last_modified = max((row.torrent.added for row in rows), default=None)
+    response.add_etag()
+    return response.make_conditional(request)
+
+
+@pages.get("/torrents.json")
+def torrents_json():
+    """The torrents of a search, of a category, or all, in any order of the list."""
+    asked = _asked()
+    rows = asked.rows(current_app.listing(_now()))
+    return {"torrents": [_summary(row) for row in rows]}, ANYWHERE
+
+
+def _summary(row):
+    torrent, page = row.torrent, f"{request.url_root}torrent/{row.id}"
+    return {
+        "name": torrent.name,
+        "category": row.category,
+        "size": torrent.size,
+        "files": torrent.files,
+        "info_hash": torrent.v1.hex() or None,
+        "info_hash_v2": torrent.v2.hex() or None,
+        "added": torrent.added,
+        "private": torrent.is_private,
+        **row.counts._asdict(),
+        "page": page,
+        "download": f"{page}.torrent",
+        "magnet": _magnet(row),
+    }
+
+
+@pages.get("/torrent/<info_hash>.json")
+def torrent_json(info_hash):
+    """All that is known of a torrent, with its files."""
+    row = _row_or_404(info_hash)
+    details = details_of(_metainfo_or_404(row.torrent))
+    hashes, store = row.torrent.info_hashes(), current_app.tracker.store
+    return {
+        **_summary(row),
+        "last_seen": max(store.last_seen(each, _now()) for each in hashes) or None,
+        "piece_length": details.piece_length,
+        "comment": details.comment,
+        "created": details.created or None,
+        "created_by": details.creator,
+        "web_seeds": details.web_seeds,
+        "files": [
+            {"path": list(path) or [row.torrent.name], "size": size}
+            for path, size in details.files
+        ],
+    }, ANYWHERE
 
 
 @pages.get("/stats.json")
 def stats():
-    """The numbers of the front page, for programs on any site."""
-    totals = current_app.tracker.totals(int(time.time()))
-    return totals._asdict(), {"Access-Control-Allow-Origin": "*"}
+    """The numbers of the front page."""
+    return current_app.tracker.totals(_now())._asdict(), ANYWHERE
+
+
+# -- Application ----------------------------------------------------------------------
 
 
 class BitBreeze(Flask):
@@ -2812,13 +3589,24 @@ class BitBreeze(Flask):
 
     def __init__(self, settings):
         super().__init__(__name__, static_folder=None)
-        self.tracker = open_tracker(settings)
+        self.tracker, self._listing, self._listed = open_tracker(settings), None, None
         pages_app = self.wsgi_app
         if settings.proxies or settings.address_header:
             # Whether clients come by https, only the proxy knows.
             pages_app = ProxyFix(pages_app, x_for=0, x_proto=1)
         self.wsgi_app = Door(self.tracker, pages_app)
+        self.jinja_loader = DictLoader(TEMPLATES)
         self.register_blueprint(pages)
+
+    def listing(self, now):
+        """Return the Listing of now; it is made anew when the lists or counts are."""
+        access, survey = self.tracker.access, self.tracker.survey(now)
+        access.look(now)
+        listed = access.catalogue.version, access.deny.hashes, survey
+        if listed != self._listed:
+            self._listing = Listing(access.listed(), survey.listed)
+            self._listed = listed
+        return self._listing
 
 
 def create_app(overrides=None):

@@ -26,9 +26,8 @@ def tracker(tmp_path):
     """A function that makes an application with settings, and returns its Client."""
 
     def make(**overrides):
-        return Client(
-            bitbreeze.create_app({"data": str(tmp_path / "data"), **overrides})
-        )
+        folders = {name: str(tmp_path / name) for name in ("data", "torrents")}
+        return Client(bitbreeze.create_app({**folders, **overrides}))
 
     return make
 
@@ -44,8 +43,11 @@ class Client:
     def __init__(self, app):
         self.app = app
 
-    def get(self, path, query="", address="192.0.2.1", method="GET"):
-        """Return (status, headers, body) of one request, ``query`` as it is sent."""
+    def get(self, path, query="", address="192.0.2.1", method="GET", **more):
+        """Return (status, headers, body) of one request, ``query`` as it is sent.
+
+        ``more`` is more of the environ.
+        """
         said = []
         environ = {
             "REQUEST_METHOD": method,
@@ -57,6 +59,7 @@ class Client:
             "SERVER_PROTOCOL": "HTTP/1.1",
             "wsgi.url_scheme": "http",
             "wsgi.errors": sys.stderr,
+            **more,
         }
         body = b"".join(self.app(environ, lambda *answer: said.extend(answer)))
         return said[0], dict(said[1]), body

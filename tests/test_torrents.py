@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 
 import bencoder
 import libtorrent
@@ -216,3 +217,87 @@ def test_a_damaged_memory_is_as_none(tmp_path):
         known = catalogue(tmp_path)
         known.look(NOW, 1)
         assert names(known) == ["a"]
+
+
+def test_details_are_those_of_the_file():
+    metainfo = {
+        b"info": info_of(b"a"),
+        b"comment": "häh".encode(),
+        b"created by": b"mktorrent 1.1",
+        b"creation date": NOW,
+        b"url-list": b"http://mirror.example.org/",
+    }
+    assert bitbreeze.details_of(metainfo) == (
+        *([((), 5)], 16384, "häh", "mktorrent 1.1", NOW),
+        ["http://mirror.example.org/"],
+    )
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**80, b"", b"\xff", [], [5, [b"x"]], {}])
+def test_details_of_the_wrong_type_are_absent(wrong):
+    keys = (b"comment", b"created by", b"creation date", b"url-list")
+    details = bitbreeze.details_of(
+        {b"info": info_of(b"a"), **dict.fromkeys(keys, wrong)}
+    )
+    assert details.created == 0
+    assert details.comment == details.creator == ("\ufffd" if wrong == b"\xff" else "")
+    assert details.web_seeds == (["\ufffd"] if wrong == b"\xff" else [])
+
+
+OURS, THEIRS = b"http://ours.test/announce", b"http://theirs.test/announce"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, None),
+        ({b"announce": OURS}, None),
+        ({b"announce": THEIRS}, [[OURS], [THEIRS]]),
+        ({b"announce": THEIRS, b"announce-list": [[OURS]]}, None),
+        ({b"announce-list": [[OURS, THEIRS], [b"x", 5]]}, [[OURS], [THEIRS], [b"x"]]),
+        ({b"announce-list": [THEIRS, {}, 5, []], b"announce": 5}, None),
+        ({b"announce-list": 5}, None),
+        ({b"announce": [THEIRS]}, None),
+    ],
+)
+def test_our_announce_url_comes_first(before, after):
+    """In the file as it is, and in a private one, which names nobody else (BEP 27)."""
+    for private in (None, 0, 1):
+        info = info_of(b"a", private=private)
+        metainfo = {**before, b"info": info, b"url-list": [b"kept"]}
+        made = bencoder.bdecode(bitbreeze.with_announce(metainfo, OURS.decode()))
+        assert made.pop(b"announce") == OURS
+        assert made.pop(b"announce-list", None) == (None if private else after)
+        assert made == {b"info": info, b"url-list": [b"kept"]}
+
+
+@pytest.mark.parametrize("kind", FLAGS)
+@pytest.mark.parametrize("name", ["a&b=c d+e#", "ü%41", '"><script>'])
+def test_magnet_links_are_those_that_libtorrent_reads(kind, name):
+    hashes = {"v1": (b"1" * 20, b""), "v2": (b"", b"2" * 32)}.get(kind)
+    v1, v2 = hashes or (b"1" * 20, b"2" * 32)
+    torrent = bitbreeze.Torrent("", name, 12345, 1, v1, v2, NOW, False)
+    link = bitbreeze.magnet(torrent, "http://[::1]:6969/x/announce")
+    read = libtorrent.parse_magnet_uri(link)
+    assert (read.name, read.trackers) == (name, ["http://[::1]:6969/x/announce"])
+    assert read.info_hashes.v1.to_bytes() == (v1 or bytes(20))
+    assert read.info_hashes.v2.to_bytes() == (v2 or bytes(32))
+    assert "&xl=12345&" in link and not re.search(r'[\s<>"]', link)
+
+
+def test_metainfo_is_that_of_the_listed_torrent_only(tmp_path):
+    path = tmp_path / "torrents/a.torrent"
+    path.parent.mkdir()
+    path.write_bytes(torrent_of("a"))
+    known = catalogue(tmp_path)
+    known.look(NOW, 1)
+    torrent = known.torrents["a.torrent"]
+    assert known.metainfo(torrent)[b"info"] == info_of(b"a")
+    for change in (
+        lambda: path.write_bytes(torrent_of("b")),
+        lambda: path.write_bytes(b"half"),
+        path.unlink,
+    ):
+        change()
+        with pytest.raises(bitbreeze.TorrentError):
+            known.metainfo(torrent)
