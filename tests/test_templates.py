@@ -1,0 +1,173 @@
+"""Templates: what people see, in a real browser, and what a checker says of it."""
+
+import os
+import shutil
+
+import libtorrent
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import sync_playwright
+from servers import announce, free_port, gunicorn, serving
+from test_pages import DETAILS, MARKUP, put
+
+# Beside what a container needs: nothing that would ask other hosts for anything.
+OPTIONS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update"),
+    *("--disable-sync", "--disable-dev-shm-usage"),
+]
+KEY = "opensesame"
+NAMES = [MARKUP, "שלום עולם.iso", "evil\u202egpj.exe", "long" * 60, "plain.iso"]
+NAMES += [f"nightly-{number:03}" for number in range(120)]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The URL of a tracker with torrents, one of which has peers."""
+    folder, port = tmp_path_factory.mktemp("site"), free_port()
+    files = [{b"length": n, b"path": [b"d%d" % (n % 3), b"f%d" % n]} for n in range(9)]
+    for number, name in enumerate(NAMES):
+        info = {"files": files, "length": None} if name == "plain.iso" else {}
+        put(folder / "torrents/linux", number, name, info, DETAILS)
+    environ = {"TRACKER_DATA": folder / "data", "TRACKER_TORRENTS": folder / "torrents"}
+    environ |= {"TRACKER_OPERATOR_KEY": KEY, "TRACKER_NOTICE": "Back at <noon>"}
+    environ = {name: str(value) for name, value in environ.items()}
+    with serving(gunicorn(port), port, environ) as server:
+        made = (folder / "torrents/linux/4.torrent").read_bytes()
+        info = libtorrent.torrent_info(libtorrent.bdecode(made))
+        info_hash = info.info_hashes().v1.to_bytes()
+        for number in range(3):
+            announce(server.url, info_hash, b"%020d" % number, 5000 + number, left=0)
+        yield server.url
+        assert "Traceback" not in server.log()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if not program:
+        reason = "chromium IS NOT INSTALLED: the pages are NOT looked at in a browser"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=OPTIONS)
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page in a window of its own, and what went wrong in it."""
+
+    def __init__(self, browser, site, width=1200, scheme="light"):
+        window = {"width": width, "height": 800}
+        self.context = browser.new_context(viewport=window, color_scheme=scheme)
+        self.page, self.site, self.wrong = self.context.new_page(), site, []
+        self.page.on("console", lambda said: self.wrong.append(said.text))
+        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        self.page.on("dialog", lambda dialog: self.wrong.append(dialog.message))
+        self.page.on("request", self._look_at)
+
+    def _look_at(self, request):
+        if not request.url.startswith((self.site, "data:")):
+            self.wrong.append(f"asked for {request.url}")
+
+    def names(self):
+        return self.page.locator("td:first-child > a").all_inner_texts()
+
+
+@pytest.fixture
+def visit(browser, site):
+    """A function that opens a Visit at a path; nothing may go wrong in it."""
+    visits = []
+
+    def go(path, **window):
+        visits.append(Visit(browser, site, **window))
+        visits[-1].page.goto(site + path)
+        return visits[-1]
+
+    yield go
+    for each in visits:
+        each.context.close()
+        assert each.wrong == []
+
+
+PATHS = {
+    "front": "/",
+    "found": "/?q=script",
+    "nothing found": "/?q=nothing-like-it",
+    "last page": "/?page=2&sort=name",
+    "doctor": f"/doctor?key={KEY}",
+}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [320, 1200])
+def test_pages_fit_and_are_accessible(visit, tmp_path, width, scheme):
+    visited = visit("/", width=width, scheme=scheme)
+    links = visited.page.locator("td:first-child > a")
+    paths = {**PATHS, "wild": links.nth(0).get_attribute("href")}
+    paths["torrent"] = links.nth(NAMES.index("plain.iso")).get_attribute("href")
+    for name, path in paths.items():
+        visited.page.goto(visited.site + path)
+        visited.page.screenshot(path=tmp_path / f"{name}.png", full_page=True)
+        faults = Axe().run(visited.page).response["violations"]
+        assert [(fault["id"], fault["impact"]) for fault in faults] == [], name
+        wide = visited.page.evaluate("document.documentElement.scrollWidth")
+        assert wide <= width, f"{name} is {wide} pixels wide"
+
+
+def test_search_sort_and_turn_the_page(visit):
+    visited = visit("/")
+    page = visited.page
+    assert visited.names()[:3] == [MARKUP, "שלום עולם.iso", "evil⟨U+202E⟩gpj.exe"]
+    page.get_by_role("link", name="Next").click()
+    assert len(visited.names()) == len(NAMES) - 100
+    page.get_by_label("Search").fill("NIGHTLY 11")
+    page.get_by_label("Sort by").select_option("oldest")
+    page.get_by_role("button", name="Search").click()
+    found = [f"nightly-{number}" for number in range(119, 109, -1)]
+    assert visited.names()[:10] == found
+    for order in (sorted, lambda names: sorted(names, reverse=True)):
+        page.get_by_role("columnheader", name="Name").get_by_role("link").click()
+        assert visited.names() == order(visited.names())
+    heading = page.get_by_role("columnheader", name="Name")
+    assert heading.get_attribute("aria-sort") == "descending"
+    page.get_by_label("Category").select_option("linux")
+    page.get_by_label("Search").fill(MARKUP)
+    with page.expect_navigation():
+        page.keyboard.press("Enter")
+    assert visited.names() == [MARKUP]
+    assert page.get_by_label("Search").input_value() == MARKUP
+
+
+def test_sorting_needs_no_headings_on_a_phone(visit):
+    visited = visit("/", width=320)
+    visited.page.get_by_label("Sort by").select_option("most seeders")
+    visited.page.get_by_role("button", name="Search").click()
+    assert visited.names()[0] == "plain.iso"
+    row = visited.page.locator("tbody tr").first
+    assert row.evaluate("row => getComputedStyle(row).display") == "flex"
+
+
+def test_a_torrent_and_its_download_by_keyboard(visit, tmp_path):
+    visited = visit("/?q=plain")
+    page = visited.page
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.textContent") == "plain.iso":
+            break
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/torrent/*")
+    assert page.locator("h1").inner_text() == "plain.iso"
+    one = page.locator("dd code").inner_text()
+    assert page.get_by_text("f4", exact=True).is_hidden()
+    page.get_by_text("d1", exact=True).click()
+    assert page.get_by_text("f4", exact=True).is_visible()
+    magnet = page.get_by_role("link", name="Magnet").get_attribute("href")
+    assert str(libtorrent.parse_magnet_uri(magnet).info_hashes.v1) == one
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download").click()
+    assert download.value.suggested_filename == "plain.iso.torrent"
+    download.value.save_as(tmp_path / "got")
+    made = libtorrent.bdecode((tmp_path / "got").read_bytes())
+    assert made[b"announce"].decode() == f"{visited.site}/announce"
+    assert str(libtorrent.torrent_info(made).info_hash()) == one
