@@ -1839,18 +1839,20 @@ class Catalogue:
     all of them, and kept in data/torrents.json: {path: [signature, *Torrent]}, or
     [signature, reason] for one that is skipped. It may be removed at any time.
 
-    What vanishes, or cannot be read any more, still counts as it did until the second
-    look: whoever replaces a file may be in the middle of it.
+    What vanishes, or cannot be read any more, still counts as it did until the folder
+    has been quiet for a while: whoever replaces a file may be in the middle of it.
     """
 
-    def __init__(self, folder, memo):
+    def __init__(self, folder, memo, writes=True):
         """Look into ``folder``, which need not be there, at the first ``look``."""
-        self.folder, self._memo_path = str(folder), str(memo)
+        self.folder, self._memo_path, self._writes = str(folder), str(memo), writes
+        self.is_known = False  # whether the folder was ever read
         self.torrents, self.by_hash = {}, {}  # Torrents by path, and by info_hash
         self.skipped, self.unread = {}, []  # reasons by path, and paths
         self._found, self._known = {}, {}  # signatures by path
         self._folders, self._is_stale = {}, False  # times of change by folder
-        self._fading, self._unsettled = set(), {}  # paths, and signatures by path
+        self._fading = {}  # since when they are missed, by path
+        self._unsettled = {}  # signatures, and since when they are seen, by path
         self._memo, self._memo_signature, self._news = {}, None, {}
         self._scanned, self._remembered = None, 0
         self.version = 0  # another whenever the torrents are others
@@ -1874,22 +1876,23 @@ class Catalogue:
         """See what has changed, and read what is new for about so many seconds."""
         if self._has_changed(now):
             self._recall()
-            self._compare(*self._scan())
-            self._scanned = now
+            self._compare(*self._scan(), now)
+            self._scanned, self.is_known = now, True
         self.read(now, seconds)
 
     def read(self, now, seconds):
         """Go on reading what is new for about so many seconds, one file at least."""
         end = time.monotonic() + seconds
         while self.unread:
-            self._read_one(self.unread.pop())
+            self._read_one(self.unread.pop(), now)
             if time.monotonic() > end:
                 break
         if self._is_stale:
             listed = list(self.torrents.values())
             self.by_hash = {i: each for each in listed for i in each.info_hashes()}
             self._is_stale = False
-        if self._news and (not self.unread or abs(now - self._remembered) > 1):
+        is_time = not self.unread or abs(now - self._remembered) > 1
+        if self._news and is_time and self._writes:
             self._remember()
             self._remembered = now
 
@@ -1908,28 +1911,44 @@ class Catalogue:
     def _scan(self):
         """Return what is there: signatures by path, and times of change by folder."""
         found, folders, below = {}, {}, [""]
+        self.skipped = {p: s for p, s in self.skipped.items() if p[-1] != "/"}
         while below:
             inner = below.pop()
             folder = f"{self.folder}/{inner}"
             folders[folder] = _changed_at(folder)
-            with suppress(FileNotFoundError), os.scandir(folder) as entries:
-                for entry in entries:
-                    path = f"{inner}{entry.name}"
-                    if entry.name.startswith("."):
-                        continue
+            try:
+                entries = [*os.scandir(folder)] if folders[folder] else []
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                if not inner:
+                    raise
+                self.skipped[inner] = f"it cannot be read: {error.strerror}"
+                kept = {p: s for p, s in self._found.items() if p.startswith(inner)}
+                found.update(kept)
+                continue
+            for entry in entries:
+                path = f"{inner}{entry.name}"
+                if entry.name.startswith("."):
+                    continue
+                with suppress(OSError):  # it has gone meanwhile, or leads nowhere
                     if entry.is_dir(follow_symlinks=False) and path.count("/") < 8:
                         below.append(f"{path}/")
                     elif entry.name.endswith(".torrent") and entry.is_file():
                         at = entry.stat()
-                        found[path] = f"{at.st_mtime_ns} {at.st_size}"
+                        found[path] = f"{at.st_ctime_ns} {at.st_size}"
         return found, folders
 
-    def _compare(self, found, folders):
+    def _compare(self, found, folders, now):
         """Take in what has come, and what has gone for good."""
         gone = self._known.keys() - found.keys()
-        for path in gone & self._fading:
-            self._forget(path)
-        self._fading = gone - self._fading
+        self._fading = {path: self._fading.get(path, now) for path in gone}
+        is_there = gone and folders[f"{self.folder}/"]
+        changed = max(map(_changed_at, folders)) if is_there else 0
+        for path in gone:
+            if _is_settled(now, self._fading[path], changed):
+                self._forget(path)
+                del self._fading[path]
         self._found, self._folders = found, folders
         self._unsettled = {p: s for p, s in self._unsettled.items() if p in found}
         self.unread = [
@@ -1958,7 +1977,7 @@ class Catalogue:
         for info_hash in known.info_hashes():
             self.by_hash[info_hash] = known
 
-    def _read_one(self, path):
+    def _read_one(self, path, now):
         try:
             with open(f"{self.folder}/{path}", "rb") as file:
                 data, added = (
@@ -1967,18 +1986,20 @@ class Catalogue:
                 )
             torrent = describe(read_metainfo(data), path, added)
         except OSError as error:
-            self._skip(path, f"it cannot be read: {error.strerror}")
+            self._skip(path, f"it cannot be read: {error.strerror}", now)
         except TorrentError as error:
-            self._skip(path, str(error))
+            self._skip(path, str(error), now)
         else:
             self._take(path, torrent)
             self._news[path] = [self._found[path], *_as_json(torrent)]
 
-    def _skip(self, path, reason):
+    def _skip(self, path, reason, now):
         """Skip a file, unless it may still be on its way here."""
         signature = self._found[path]
-        if self._unsettled.get(path) != signature:
-            self._unsettled[path] = signature
+        seen, since = self._unsettled.get(path, ("", now))
+        since = since if seen == signature else now
+        if not _is_settled(now, since, int(signature.split()[0])):
+            self._unsettled[path] = signature, since
             return
         self._take(path, reason)
         self._news[path] = [signature, reason]
@@ -2012,7 +2033,7 @@ class Catalogue:
                 known = {p: m for p, m in self._memo.items() if p in self._found}
                 news = {p: m for p, m in news.items() if known.get(p) != m}
                 with open(f"{self._memo_path}.new", "w", encoding="utf-8") as file:
-                    json.dump({"1": {**known, **news}}, file)
+                    file.write(json.dumps({"1": {**known, **news}}))
                 os.replace(f"{self._memo_path}.new", self._memo_path)
         except OSError as error:
             log.warning("what is in %s is not kept: %s", self.folder, error)
@@ -2040,6 +2061,15 @@ def _changed_at(folder):
         return 0
 
 
+def _is_settled(now, since, changed):
+    """Return whether what was first seen at ``since`` can be taken for finished.
+
+    It is if it stayed so for a second: two, as ``now`` has no fractions. Who looks
+    rarely sees that at once by when it ``changed``, in nanoseconds, 0 for unknown.
+    """
+    return not 0 <= now - since < 2 or 0 < changed <= (now - 2) * 10**9
+
+
 def _as_json(torrent):
     _, *rest = torrent._replace(v1=torrent.v1.hex(), v2=torrent.v2.hex())
     return rest
@@ -2053,48 +2083,66 @@ def _from_json(path, known):
 # -- Access ---------------------------------------------------------------------------
 # Who may announce what. Keys for people will join the lists here.
 
+_HEX = re.compile("(?i)[0-9a-f]{40}|[0-9a-f]{64}")
+
 
 class HashList:
     """A file of info_hashes, one a line; what follows one, or a #, is comment.
 
     They are hex: 40 digits, or the 64 of a whole v2 hash. A file that has changed is
-    read when it has stayed the same from one look to the next, for it may be half
-    written, or gone to be replaced.
+    read when it has stayed the same for a while, for it may be half written, or gone
+    to be replaced. Whoever writes slower than that had better rename it into place.
     """
 
     def __init__(self, path):
         self.path, self.hashes, self.problems = str(path), frozenset(), []
-        self._read, self._seen = None, None  # signatures
+        self.is_known = False  # whether it was ever read, or seen to be missing
+        self._read, self._seen = (), ()  # signatures
+        self._since = 0  # when ``_seen`` was first seen
 
-    def look(self):
-        """Take in what has changed; raise OSError if the file cannot be read."""
+    def look(self, now):
+        """Take in what has changed; return whether anything has. Raise OSError."""
         try:
-            at = os.stat(self.path)
-            signature = at.st_mtime_ns, at.st_size, at.st_ino
+            signature = _signature(os.stat(self.path))
         except FileNotFoundError:
             signature = ()
-        is_settled = signature == self._seen or self._seen is None
-        self._seen = signature
-        if signature != self._read and is_settled:
-            self.hashes, self.problems = (
-                self._parsed() if signature else (frozenset(), [])
-            )
-            self._read = signature
-            for problem in self.problems:
-                log.warning("%s", problem)
+        if signature != self._seen:
+            self._seen, self._since = signature, now
+        if self.is_known:
+            if signature == self._read:
+                return False
+            changed = signature[:1] or (_changed_at(os.path.dirname(self.path)),)
+            if not _is_settled(now, self._since, *changed):
+                return False
+        hashes, problems, at = self._parsed() if signature else (frozenset(), [], ())
+        if self.is_known and at != signature:  # it has changed meanwhile
+            return False
+        self.hashes, self.problems, self._read = hashes, problems, at
+        self.is_known = True
+        return True
 
     def _parsed(self):
+        """Return the hashes, what is wrong, and the signature of what was read."""
         hashes, problems = set(), []
-        with open(self.path, encoding="utf-8", errors="replace") as lines:
-            for number, line in enumerate(lines, 1):
-                text = line.partition("#")[0].split()[:1]
-                if text and not re.fullmatch("(?i)[0-9a-f]{40}|[0-9a-f]{64}", text[0]):
-                    problems.append(
-                        f"{self.path}, line {number}: not 40 or 64 hex digits, skipped"
-                    )
-                elif text:
-                    hashes.add(bytes.fromhex(text[0])[:20])
-        return frozenset(hashes), problems[:10]
+        with open(self.path, encoding="utf-8-sig", errors="replace") as file:
+            lines, at = file.read().split("\n"), _signature(os.fstat(file.fileno()))
+        for number, line in enumerate(lines, 1):
+            text = line.partition("#")[0].split()[:1]
+            if text and not _HEX.fullmatch(text[0]):
+                problems.append(number)
+            elif text:
+                hashes.add(bytes.fromhex(text[0])[:20])
+        said = [
+            f"{self.path}, line {number}: not 40 or 64 hex digits, skipped"
+            for number in problems[:10]
+        ]
+        if more := problems[10:]:
+            said.append(f"{self.path}: {len(more)} more lines like these, skipped")
+        return frozenset(hashes), said, at
+
+
+def _signature(at):
+    return at.st_mtime_ns, at.st_size, at.st_ino
 
 
 class Access:
@@ -2108,13 +2156,12 @@ class Access:
         self.track, self.catalogue = settings.track, catalogue
         self.allow = HashList(f"{beside}/allow.txt")
         self.deny = HashList(f"{beside}/deny.txt")
-        self._looked, self._lock, self._trouble = None, Lock(), ""
+        self._looked, self._lock, self._trouble = None, Lock(), []
+        self._is_open = False
 
     def is_open(self):
         """Return whether any torrent is tracked that is not denied."""
-        if self.track == "auto":
-            return self.catalogue.is_empty() and not self.allow.hashes
-        return self.track == "any"
+        return self._is_open
 
     def is_open_at(self, now):
         """Return the same after a look, for those who have not announced."""
@@ -2131,7 +2178,8 @@ class Access:
         """Raise TrackerError if a torrent is not tracked."""
         if self.tracks(info_hash, now):
             return
-        if self.catalogue.unread and info_hash not in self.deny.hashes:
+        is_read = self._is_known() and not self.catalogue.unread
+        if not is_read and info_hash not in self.deny.hashes:
             raise TrackerError(
                 "this tracker is still reading its list of torrents: try again soon"
             )
@@ -2146,7 +2194,7 @@ class Access:
             return False
         return (
             info_hash in self.catalogue.by_hash
-            or self.is_open()
+            or self._is_open
             or info_hash in self.allow.hashes
         )
 
@@ -2155,20 +2203,64 @@ class Access:
         if not self._lock.acquire(blocking=self._looked is None):
             return  # another thread is at it
         try:
-            if now == self._looked:
+            # A thread may come late, with a second that has been looked at.
+            if self._looked is not None and -2 < now - self._looked <= 0:
                 self.catalogue.read(now, 0.002)
                 return
-            self.allow.look()
-            self.deny.look()
-            self.catalogue.look(now, 0.05)
-            self._trouble = ""
-        except OSError as error:
-            if self._trouble != str(error):  # what was known stays
-                log.error("the lists of torrents cannot be read: %s", error)
-            self._trouble = str(error)
+            try:
+                problems, trouble = self.take_in(now, 0.05)
+            finally:
+                self._looked = now  # not before: without a look, nothing is known
+            for problem in problems:
+                log.warning("%s", problem)
+            if trouble and trouble != self._trouble:
+                log.error("lists of torrents cannot be read: %s", "; ".join(trouble))
+            self._trouble = trouble
         finally:
-            self._looked = now
             self._lock.release()
+
+    def take_in(self, now, seconds):
+        """Look at all lists, read new files for about so many seconds.
+
+        Return two lists of sentences: what is wrong in the lists that were read, and
+        which cannot be: of them, what was known stays.
+        """
+        problems, trouble = [], []
+        for each in (self.allow, self.deny):
+            try:
+                problems += each.problems if each.look(now) else []
+            except OSError as error:
+                trouble.append(f"{each.path}: {error.strerror}")
+        try:
+            self.catalogue.look(now, seconds)
+        except OSError as error:
+            trouble.append(f"{self.catalogue.folder}: {error.strerror}")
+        self._is_open = self._is_known() and (
+            self.track == "any" or self.track == "auto" and self._is_nothing_listed()
+        )
+        return problems, trouble
+
+    def _is_known(self):
+        """Return whether every list that counts was read, if only once."""
+        lists = (self.deny, self.allow, self.catalogue)
+        return all(each.is_known for each in lists[: 1 if self.track == "any" else 3])
+
+    def _is_nothing_listed(self):
+        return self.catalogue.is_empty() and not self.allow.hashes
+
+    def in_words(self):
+        """Return what is tracked as it was last seen, for the operator."""
+        listed, catalogue = len(self.allow.hashes), self.catalogue
+        words = f"{len(catalogue.torrents)} torrents in {catalogue.folder}"
+        words += f" and {listed} of allow.txt" if listed else ""
+        words = "any torrent" if self._is_open else words
+        if self.deny.hashes:
+            words += f", but {len(self.deny.hashes)} of deny.txt"
+        if catalogue.unread:
+            words += f"; {len(catalogue.unread)} files are still to be read"
+        if catalogue.skipped:
+            words += f"; {len(catalogue.skipped)} files are skipped: see app.py doctor"
+        return words
 
 
 # -- Tracker --------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Access: what is tracked, as the folder and the lists beside it change."""
 
+import itertools
 import logging
-from itertools import count
+import os
+import time
 
 import pytest
 from conftest import NOW, Client, make_settings
@@ -91,18 +93,93 @@ def test_denied_is_denied_whatever_else_is_said(access, tmp_path):
         assert not known.tracks(HASH, NOW)
 
 
-def test_a_list_that_is_being_written_counts_as_before(access, tmp_path):
-    path = tmp_path / "allow.txt"
-    path.write_text(HASH.hex())
+def put_list(path, text):
+    """Write a list, or remove it for None; return the second it is done."""
+    path.unlink(missing_ok=True) if text is None else path.write_text(text)
+    return int(time.time())
+
+
+@pytest.mark.parametrize("text", [None, "", OTHER.hex()])
+def test_a_list_that_changes_counts_as_before_for_a_while(access, tmp_path, text):
+    put_list(tmp_path / "allow.txt", HASH.hex())
     known = access()
-    assert known.tracks(HASH, NOW)
-    path.write_text("")
-    assert known.tracks(HASH, NOW + 1) and not known.tracks(OTHER, NOW + 1)
-    path.unlink()
-    assert known.tracks(HASH, NOW + 2) and not known.tracks(OTHER, NOW + 2)
+    now = int(time.time())
+    assert known.tracks(HASH, now)
+    now = put_list(tmp_path / "allow.txt", text)
+    for second in (1, 1, 2, 1):  # a thread may come late, with the second before
+        assert known.tracks(HASH, now + second) and not known.tracks(
+            OTHER, now + second
+        )
+    assert known.tracks(HASH, now + 3) == (not text) == known.is_open()
+    assert known.tracks(OTHER, now + 3)
+
+
+@pytest.mark.parametrize("text", [None, OTHER.hex()])
+def test_who_looks_rarely_takes_a_finished_list_at_once(access, tmp_path, text):
+    put_list(tmp_path / "allow.txt", HASH.hex())
+    known = access()
+    assert not known.tracks(OTHER, int(time.time()))
+    now = put_list(tmp_path / "allow.txt", text)
+    assert known.tracks(OTHER, now + 100)
+
+
+def test_a_list_that_is_written_all_the_time_counts_as_before(access, tmp_path):
+    path = tmp_path / "allow.txt"
+    put_list(path, HASH.hex())
+    known, now = access(), int(time.time())
+    assert known.tracks(HASH, now)
+    for second in range(1, 30):
+        path.write_text(OTHER.hex()[: second % 3])
+        os.utime(path, (now + second, now + second))
+        assert known.tracks(HASH, now + second)
+        assert not known.tracks(OTHER, now + second)
+
+
+@pytest.mark.parametrize("text", [None, ""])
+def test_a_list_that_changes_under_the_reader_counts_as_before(
+    access, tmp_path, monkeypatch, text
+):
+    path = tmp_path / "allow.txt"
+    put_list(path, HASH.hex())
+    known, now = access(), int(time.time())
+    assert known.tracks(HASH, now)
     path.write_text(OTHER.hex())
-    assert known.tracks(HASH, NOW + 3) and not known.tracks(OTHER, NOW + 3)
-    assert known.tracks(OTHER, NOW + 4) and not known.tracks(HASH, NOW + 4)
+    parsed = known.allow._parsed
+
+    def meanwhile():
+        put_list(path, text)
+        return parsed()
+
+    monkeypatch.setattr(known.allow, "_parsed", meanwhile)
+    assert known.tracks(HASH, now + 100) and not known.tracks(OTHER, now + 100)
+
+
+def test_a_list_with_a_byte_order_mark_and_many_bad_lines(tmp_path):
+    known = bitbreeze.HashList(tmp_path / "deny.txt")
+    known_lines = "\r\n".join([HASH.hex(), *["bad"] * 14])
+    (tmp_path / "deny.txt").write_text("\ufeff" + known_lines, encoding="utf-8")
+    assert known.look(NOW)
+    assert known.hashes == {HASH}
+    assert len(known.problems) == 11
+    assert known.problems[-1].endswith("deny.txt: 4 more lines like these, skipped")
+
+
+@pytest.mark.parametrize("name", ["allow.txt", "deny.txt", "torrents"])
+def test_one_list_that_cannot_be_read_leaves_the_others(access, tmp_path, name):
+    """A folder for a file, a file for the folder: root cannot be kept out otherwise."""
+    (tmp_path / "allow.txt").write_text(HASH.hex())
+    (tmp_path / "deny.txt").write_text(OTHER.hex())
+    listed, path = put(tmp_path), tmp_path / name
+    path.rename(tmp_path / "aside")
+    path.touch() if name == "torrents" else path.mkdir()
+    known = access()
+    with pytest.raises(bitbreeze.TrackerError, match="still reading"):
+        known.check(b"\xcc" * 20, NOW)  # it may be listed
+    assert not known.is_open()
+    assert known.tracks(HASH, NOW) == (name != "allow.txt")
+    assert known.tracks(listed, NOW) == (name != "torrents")
+    assert not known.tracks(OTHER, NOW)
+    assert access("any").tracks(b"\xcc" * 20, NOW) == (name != "deny.txt")
 
 
 def test_lists_that_cannot_be_read_leave_what_is_known(access, tmp_path, caplog):
@@ -120,15 +197,17 @@ def test_lists_that_cannot_be_read_leave_what_is_known(access, tmp_path, caplog)
 def test_nobody_is_sent_away_for_good_while_torrents_are_read(
     access, tmp_path, monkeypatch
 ):
-    clock = count()  # every look at it is a second later: time for one file
-    monkeypatch.setattr(bitbreeze.time, "monotonic", lambda: next(clock))
-    for number in range(30):
-        put(tmp_path, str(number))
+    listed = [put(tmp_path, str(number)) for number in range(30)]
     known = access()
-    known.catalogue.look(NOW, 0)
-    known._looked = NOW
-    with pytest.raises(bitbreeze.TrackerError, match="still reading"):
+    monkeypatch.setattr(time, "monotonic", itertools.count().__next__)
+    for left in range(29, 0, -1):  # each look or announce has the time for one
+        with pytest.raises(bitbreeze.TrackerError, match="still reading"):
+            known.check(HASH, NOW)
+        assert len(known.catalogue.unread) == left
+    with pytest.raises(bitbreeze.TrackerError, match=LISTED):
         known.check(HASH, NOW)
+    for info_hash in listed:
+        known.check(info_hash, NOW)
 
 
 def test_what_is_not_listed_leaves_nothing_behind(tmp_path):

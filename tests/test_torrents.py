@@ -1,8 +1,12 @@
 """Torrents: what .torrent files say, and a folder of them that changes under us."""
 
+import errno
 import hashlib
 import logging
+import os
 import re
+import shutil
+import time
 
 import bencoder
 import libtorrent
@@ -135,23 +139,107 @@ def test_a_folder_that_changes(tmp_path):
     assert names(known) == ["a", "b"]
     assert {t.path for t in known.by_hash.values()} == {"isos/a.torrent", "b.torrent"}
     (folder / "b.torrent").unlink()
-    known.look(NOW + 2, 1)
-    assert names(known) == ["a", "b"]  # it may come back in a moment
-    known.look(NOW + 3, 1)
+    now = int(time.time())
+    for second in (1, 2):
+        known.look(now + second, 1)
+        assert names(known) == ["a", "b"]  # it may come back in a moment
+    known.look(now + 3, 1)
     assert names(known) == ["a"]
     assert len(known.by_hash) == 1
+    shutil.rmtree(folder)
+    for second in (100, 101):  # however long ago that was
+        known.look(now + second, 1)
+        assert names(known) == ["a"] and not known.is_empty()
+    known.look(now + 102, 1)
+    assert known.is_empty()
+
+
+def test_who_looks_rarely_sees_at_once_that_a_torrent_has_gone(tmp_path):
+    folder, known = tmp_path / "torrents", catalogue(tmp_path)
+    (folder / "isos").mkdir(parents=True)
+    (folder / "isos/a.torrent").write_bytes(torrent_of("a"))
+    known.look(int(time.time()), 1)
+    shutil.rmtree(folder / "isos")
+    known.look(int(time.time()) + 100, 1)
+    assert known.is_empty()
+
+
+def test_what_vanishes_during_a_look_is_all_that_is_missed(tmp_path, monkeypatch):
+    folder, known = tmp_path / "torrents", catalogue(tmp_path)
+    folder.mkdir()
+    for name in "abc":
+        (folder / f"{name}.torrent").write_bytes(torrent_of(name))
+    (folder / "loop.torrent").symlink_to("loop.torrent")
+    (folder / "nowhere.torrent").symlink_to("nothing")
+    scandir = os.scandir
+
+    def vanishing(path):
+        entries = [*scandir(path)]
+        (folder / "b.torrent").unlink(missing_ok=True)
+        return entries
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    known.look(NOW, 1)
+    assert names(known) == ["a", "c"]
+
+
+def test_a_category_that_cannot_be_read_keeps_what_is_known(tmp_path, monkeypatch):
+    folder, known = tmp_path / "torrents", catalogue(tmp_path)
+    (folder / "isos").mkdir(parents=True)
+    (folder / "isos/a.torrent").write_bytes(torrent_of("a"))
+    known.look(NOW, 1)
+    (folder / "b.torrent").write_bytes(torrent_of("b"))
+    scandir = os.scandir
+
+    def closed(path):
+        if path.endswith("isos/"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", closed)
+        for second in (100, 200, 300):
+            known.look(NOW + second, 1)
+            assert names(known) == ["a", "b"]
+        assert known.skipped == {"isos/": "it cannot be read: Permission denied"}
+    known.look(NOW + 400, 1)
+    assert names(known) == ["a", "b"] and not known.skipped
+
+
+def test_a_file_that_cannot_be_read_is_read_when_it_can(tmp_path, monkeypatch):
+    folder, known = tmp_path / "torrents", catalogue(tmp_path)
+    folder.mkdir()
+    path = folder / "a.torrent"
+    path.write_bytes(torrent_of("a"))
+
+    def closed(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    now = int(time.time())
+    with monkeypatch.context() as patch:
+        patch.setattr(bitbreeze, "open", closed, raising=False)
+        known.look(now + 100, 1)
+        assert "Permission denied" in known.skipped["a.torrent"]
+    at = path.stat()
+    path.chmod(0o640)
+    os.utime(path, ns=(at.st_atime_ns, at.st_mtime_ns))
+    known.look(now + 200, 1)
+    assert names(known) == ["a"] and not known.skipped
 
 
 def test_a_file_written_over_counts_as_before_until_it_is_whole(tmp_path):
     folder, known = tmp_path / "torrents", catalogue(tmp_path)
     folder.mkdir()
     (folder / "a.torrent").write_bytes(torrent_of("old"))
-    known.look(NOW, 1)
+    now = int(time.time())
+    known.look(now, 1)
     (folder / "a.torrent").write_bytes(torrent_of("new one")[:30])
-    known.look(NOW + 100, 1)
-    assert names(known) == ["old"]
+    now = int(time.time())
+    for second in (1, 2):
+        known.look(now + second, 1)
+        assert names(known) == ["old"]
     (folder / "a.torrent").write_bytes(torrent_of("new one"))
-    known.look(NOW + 101, 1)
+    known.look(now + 3, 1)
     assert names(known) == ["new one"]
     info = bencoder.bencode(info_of(b"new one"))
     assert [*known.by_hash] == [hashlib.sha1(info).digest()]
@@ -164,8 +252,8 @@ def test_what_is_skipped_is_logged_once_by_all(tmp_path, caplog):
     (folder / "bad.torrent").write_bytes(b"bad")
     for _ in range(3):
         known = catalogue(tmp_path)
-        for second in range(4):
-            known.look(NOW + second, 1)
+        for second in (0, 1, 100):
+            known.look(int(time.time()) + second, 1)
         assert "not bencoded" in known.skipped["bad.torrent"]
         assert not known.is_empty()
     assert len(caplog.records) == 1
@@ -178,8 +266,8 @@ def test_a_torrent_in_two_places_stays_when_one_goes(tmp_path):
         (folder / f"{name}.torrent").write_bytes(torrent_of("same"))
     known.look(NOW, 1)
     (folder / "b.torrent").unlink()
-    for second in (1, 2, 3):
-        known.look(NOW + second, 1)
+    known.look(NOW + 100, 1)
+    known.look(NOW + 200, 1)
     assert [torrent.path for torrent in known.by_hash.values()] == ["a.torrent"]
 
 
