@@ -1911,7 +1911,7 @@ class Catalogue:
     def _scan(self):
         """Return what is there: signatures by path, and times of change by folder."""
         found, folders, below = {}, {}, [""]
-        self.skipped = {p: s for p, s in self.skipped.items() if p[-1] != "/"}
+        self.skipped = {p: s for p, s in self.skipped.items() if p in self._known}
         while below:
             inner = below.pop()
             folder = f"{self.folder}/{inner}"
@@ -1985,8 +1985,11 @@ class Catalogue:
                     int(os.fstat(file.fileno()).st_mtime),
                 )
             torrent = describe(read_metainfo(data), path, added)
-        except OSError as error:
+        except PermissionError as error:
             self._skip(path, f"it cannot be read: {error.strerror}", now)
+        except OSError as error:  # to be tried again, if it has not gone
+            self._unsettled[path] = "", now
+            self.skipped[path] = f"it cannot be read: {error.strerror}"
         except TorrentError as error:
             self._skip(path, str(error), now)
         else:
@@ -2236,7 +2239,10 @@ class Access:
         except OSError as error:
             trouble.append(f"{self.catalogue.folder}: {error.strerror}")
         self._is_open = self._is_known() and (
-            self.track == "any" or self.track == "auto" and self._is_nothing_listed()
+            self.track == "any"
+            or self.track == "auto"
+            and self.catalogue.is_empty()
+            and not self.allow.hashes
         )
         return problems, trouble
 
@@ -2245,8 +2251,9 @@ class Access:
         lists = (self.deny, self.allow, self.catalogue)
         return all(each.is_known for each in lists[: 1 if self.track == "any" else 3])
 
-    def _is_nothing_listed(self):
-        return self.catalogue.is_empty() and not self.allow.hashes
+    def is_any_listed(self):
+        """Return whether a list holds a torrent that is tracked for that."""
+        return bool(self.catalogue.torrents or self.allow.hashes)
 
     def in_words(self):
         """Return what is tracked as it was last seen, for the operator."""
@@ -2258,9 +2265,13 @@ class Access:
             words += f", but {len(self.deny.hashes)} of deny.txt"
         if catalogue.unread:
             words += f"; {len(catalogue.unread)} files are still to be read"
-        if catalogue.skipped:
-            words += f"; {len(catalogue.skipped)} files are skipped: see app.py doctor"
         return words
+
+
+def open_access(settings, writes=True):
+    """Return the Access to the lists that are where ``settings`` say."""
+    memo = HERE / settings.data / "torrents.json"
+    return Access(settings, Catalogue(HERE / settings.torrents, memo, writes))
 
 
 # -- Tracker --------------------------------------------------------------------------
@@ -2337,9 +2348,8 @@ class Tracker:
 
 def open_tracker(settings):
     """Return the Tracker that keeps its peers where ``settings`` say."""
-    data, torrents = HERE / settings.data, HERE / settings.torrents
-    catalogue = Catalogue(torrents, data / "torrents.json")
-    return Tracker(settings, Access(settings, catalogue), FileStore(data, settings))
+    store = FileStore(HERE / settings.data, settings)
+    return Tracker(settings, open_access(settings), store)
 
 
 # -- Door -----------------------------------------------------------------------------
@@ -2444,7 +2454,7 @@ class Finding(NamedTuple):
 
 
 def examine_host(tracker, now):
-    """Yield Findings about the data folder, its locks, the clock and the peers."""
+    """Yield Findings about the data folder, its locks, the clock, peers and lists."""
     folder, existed = tracker.store.folder, os.path.isdir(tracker.store.folder)
     probe = f"{folder}/doctor.{os.getpid()}"
     try:
@@ -2470,6 +2480,7 @@ def examine_host(tracker, now):
         with suppress(OSError):
             if not existed:
                 os.rmdir(folder)
+    yield from _examine_lists(tracker.settings, now)
 
 
 def _examine_disk(folder):
@@ -2597,6 +2608,46 @@ def _cut(column, width):
 
 def _shown(address):
     return str(ipaddress.ip_address(address))
+
+
+def _examine_lists(settings, now):
+    """See what is tracked, and what is wrong with what is listed.
+
+    The memory of the workers is read, but not written: this may be another user.
+    """
+    access = open_access(settings, writes=False)
+    # As it will be in a minute: what came just now is taken for finished.
+    problems, trouble = access.take_in(now + 60, 3)
+    catalogue = access.catalogue
+    for each in trouble:
+        yield Finding(
+            FAILURE,
+            f"A list of torrents cannot be read: {each}. What it holds is not known."
+            " Make it readable for the user that the server runs as.",
+        )
+    if not (trouble or access.is_open() or catalogue.unread or access.is_any_listed()):
+        yield Finding(
+            WARNING,
+            f"No torrent is tracked: there is no good one in {catalogue.folder}, and no"
+            f" hash in {access.allow.path}. Put one there, or set track to any.",
+        )
+    elif not trouble:
+        yield Finding(OK, f"Tracked: {access.in_words()}; track is {settings.track}.")
+    skipped = sorted(catalogue.skipped.items())
+    for path, reason in skipped[:10]:
+        yield Finding(
+            WARNING, f"{_printable(f'{catalogue.folder}/{path}')} is skipped: {reason}."
+        )
+    if more := skipped[10:]:
+        yield Finding(WARNING, f"{len(more)} more files there are skipped.")
+    for problem in problems:
+        yield Finding(WARNING, f"{problem}.")
+
+
+def _printable(text):
+    """Return a text of others as it can stand in a line, whatever it is."""
+    escaped = (c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return "".join(escaped)
 
 
 def examine_request(environ, settings):
@@ -3745,7 +3796,7 @@ def serve(host, port, workers):
             f"cannot listen on port {port}: {error.strerror}."
             " Choose another with --port, or an address with --host."
         ) from None
-    click.echo(_greeting(host, port, folder), err=True)
+    click.echo(_greeting(host, port, app.tracker), err=True)
     module = Path(__file__).stem
     os.execv(sys.executable, [
         sys.executable, "-m", "gunicorn", f"{module}:app", "--chdir", str(HERE),
@@ -3771,13 +3822,20 @@ def _listen(host, port):
     return listener
 
 
-def _greeting(host, port, folder):
+def _greeting(host, port, tracker):
     """Return what the operator reads at the start."""
+    access = tracker.access
+    wrong = sum(access.take_in(int(time.time()) + 60, 0.5), [])  # as in a minute
+    tracked, skipped = access.in_words(), len(access.catalogue.skipped)
+    tracked += f"; {skipped} files are skipped" if skipped else ""
+    tracked += "; the lists have faults" if wrong else ""
+    tracked += ": see app.py doctor" if skipped or wrong else ""
     return f"""\
 BitBreeze serves this tracker until Ctrl-C:
   announce URL  http://{_own_name(host)}:{port}/announce
   front page    http://{_own_name(host)}:{port}/
-  peers are in  {folder}"""
+  peers are in  {tracker.store.folder}
+  tracked are   {tracked}"""
 
 
 def _own_name(host):

@@ -1,10 +1,12 @@
 """Commands: python app.py, and what it says."""
 
+import itertools
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from urllib.request import urlopen
 
 import pytest
@@ -17,6 +19,9 @@ from servers import (
     scrape,
     serving,
 )
+from test_torrents import torrent_of
+
+import app as bitbreeze
 
 APP = [sys.executable, "app.py"]
 HASHES = [bytes((number,)) * 20 for number in range(130, 190)]
@@ -28,11 +33,43 @@ def test_app_serves_until_it_is_interrupted(tmp_path):
     with serving([*APP, "--port", port], port, data(tmp_path)) as server:
         assert f":{port}/announce" in server.log()
         assert str(tmp_path / "data") in server.log()
+        assert "  tracked are   any torrent\n" in server.log()
         check_answers(server)
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(10) == 0
         poll(lambda: not server.workers(), 10, "the end of the workers")
         assert "Traceback" not in server.log()
+
+
+def test_app_says_what_is_tracked(tmp_path):
+    port, torrents = free_port(), tmp_path / "torrents"
+    torrents.mkdir()
+    for name in ("a", "b"):
+        (torrents / f"{name}.torrent").write_bytes(torrent_of(name))
+    (torrents / "c.torrent").write_bytes(b"bad")
+    (tmp_path / "allow.txt").write_text(HASHES[0].hex())
+    (tmp_path / "deny.txt").write_text("bad")
+    env = {**data(tmp_path), "TRACKER_TORRENTS": str(torrents)}
+    command = [*APP, "--host", "127.0.0.1", "--port", port]
+    with serving(command, port, env) as server:
+        assert (
+            f"  tracked are   2 torrents in {torrents} and 1 of allow.txt;"
+            " 1 files are skipped; the lists have faults: see app.py doctor\n"
+        ) in server.log()
+
+
+@pytest.mark.parametrize(
+    ("each", "words"), [(0.1, "3 torrents in {}"), (0.3, "2 torrents in {}; 1 files")]
+)
+def test_the_start_does_not_wait_for_long_lists(tmp_path, monkeypatch, each, words):
+    for name in "abc":
+        (tmp_path / f"{name}.torrent").write_bytes(torrent_of(name))
+    folders = {"data": str(tmp_path / "data"), "torrents": str(tmp_path)}
+    tracker = bitbreeze.create_app(folders).tracker
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", itertools.count(0, each).__next__)
+        greeting = bitbreeze._greeting("127.0.0.1", 1, tracker)
+    assert f"  tracked are   {words.format(tmp_path)}" in greeting
 
 
 def test_app_ends_when_ctrl_c_reaches_all_its_processes(tmp_path):

@@ -1,5 +1,6 @@
 """Doctor: every fault it knows is made, and named; without one it is content."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 import pytest
 from conftest import NOW
 from servers import ROOT, free_port, gunicorn, serving
+from test_torrents import torrent_of
 
 import app as bitbreeze
 
@@ -56,11 +58,113 @@ def test_a_good_host(tracker, tmp_path):
     findings = list(bitbreeze.examine_host(client.app.tracker, time.time()))
     assert {finding.level for finding in findings} == {OK}
     assert "10 peers looked at have 10 addresses." in texts(findings, OK)
+    assert "Tracked: any torrent; track is auto." in texts(findings, OK)
 
 
 def test_it_leaves_nothing_behind(tracker, tmp_path):
     list(bitbreeze.examine_host(tracker().app.tracker, time.time()))
     assert not list(tmp_path.iterdir())
+    good_torrents(tmp_path)
+    list(bitbreeze.examine_host(tracker().app.tracker, time.time()))
+    assert [path.name for path in tmp_path.iterdir()] == ["torrents"]
+
+
+# What is tracked. Each makes lists in a folder.
+
+
+def good_torrents(folder):
+    (folder / "torrents").mkdir()
+    for name in "abc":
+        (folder / f"torrents/{name}.torrent").write_bytes(torrent_of(name))
+
+
+def bad_torrents(folder):
+    (folder / "torrents").mkdir()
+    for number in range(14):
+        (folder / f"torrents/{number:02}.torrent").write_bytes(b"bad")
+
+
+def bad_names(folder):
+    (folder / "torrents").mkdir()
+    for name in (b"\xff", b"\n\x1b[2J", "\u202egnp".encode(), "שלום".encode()):
+        (folder / os.fsdecode(b"torrents/" + name + b".torrent")).write_bytes(b"bad")
+
+
+def allowed(folder):
+    (folder / "allow.txt").write_text("aa" * 20 + "\n" + "bb" * 32)
+
+
+def denied(folder):
+    (folder / "deny.txt").write_text("aa" * 20 + "\nbad\n" * 14)
+
+
+def broken(folder):
+    (folder / "torrents").touch()
+    (folder / "deny.txt").mkdir()
+
+
+def all_good(folder):
+    for make in (good_torrents, allowed, denied):
+        make(folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "track", "level", "text"),
+    [
+        (
+            good_torrents,
+            "auto",
+            OK,
+            "Tracked: 3 torrents in {}/torrents; track is auto",
+        ),
+        (good_torrents, "any", OK, "Tracked: any torrent; track is any."),
+        (allowed, "auto", OK, "Tracked: 0 torrents in {}/torrents and 2 of allow.txt;"),
+        (denied, "auto", OK, "Tracked: any torrent, but 1 of deny.txt; track is auto."),
+        (
+            all_good,
+            "listed",
+            OK,
+            "3 torrents in {}/torrents and 2 of allow.txt, but 1 of",
+        ),
+        (denied, "listed", WARNING, "No torrent is tracked: there is no good one in"),
+        (bad_torrents, "auto", WARNING, "No torrent is tracked:"),
+        (bad_torrents, "any", WARNING, "{}/torrents/00.torrent is skipped: it is not"),
+        (bad_torrents, "any", WARNING, "{}/torrents/09.torrent is skipped: it is not"),
+        (bad_torrents, "any", WARNING, "4 more files there are skipped."),
+        (bad_names, "any", WARNING, "{}/torrents/\\udcff.torrent is skipped"),
+        (bad_names, "any", WARNING, "{}/torrents/\\n\\x1b[2J.torrent is skipped"),
+        (bad_names, "any", WARNING, "{}/torrents/\\u202egnp.torrent is skipped"),
+        (bad_names, "any", WARNING, "{}/torrents/שלום.torrent is skipped"),
+        (
+            denied,
+            "any",
+            WARNING,
+            "{}/deny.txt, line 2: not 40 or 64 hex digits, skipped.",
+        ),
+        (denied, "any", WARNING, "{}/deny.txt: 4 more lines like these, skipped."),
+        (broken, "auto", FAILURE, "{}/torrents: Not a directory. What it holds is not"),
+        (broken, "auto", FAILURE, "{}/deny.txt: Is a directory. What it holds is not"),
+    ],
+)
+def test_lists(tracker, tmp_path, make, track, level, text):
+    make(tmp_path)
+    examined = tracker(track=track).app.tracker
+    findings = list(bitbreeze.examine_host(examined, time.time()))
+    found = texts(findings, level)
+    assert any(text.format(tmp_path) in each for each in found), findings
+    assert len(findings) < 30
+
+
+def test_a_long_list_takes_no_more_than_its_time(tracker, tmp_path, monkeypatch):
+    good_torrents(tmp_path)
+    client = tracker(track="listed")
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", itertools.count(0, 2).__next__)
+        findings = list(bitbreeze.examine_host(client.app.tracker, time.time()))
+    assert (
+        f"Tracked: 2 torrents in {tmp_path}/torrents; 1 files are still to be read;"
+        " track is listed."
+    ) in texts(findings, OK)
 
 
 def one_address(client, _):
@@ -119,7 +223,7 @@ def test_faults_of_a_host(tracker, monkeypatch, spoil, level, text):
 
 def test_a_folder_that_cannot_be_written(tracker, tmp_path):
     (tmp_path / "data").touch()
-    (finding,) = bitbreeze.examine_host(tracker().app.tracker, NOW)
+    finding, *_ = bitbreeze.examine_host(tracker().app.tracker, NOW)
     assert finding.level == FAILURE
     assert f"{tmp_path / 'data'} cannot be used: File exists." in finding.text
     assert "set data to another folder" in finding.text
@@ -368,6 +472,12 @@ def test_the_command_examines_the_host(tmp_path):
     done = run(TRACKER_DATA=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"ok       The data folder {tmp_path} can be written." in done.stdout
+    bad_names(tmp_path)
+    denied(tmp_path)
+    done = run(TRACKER_DATA=str(tmp_path), TRACKER_TORRENTS=str(tmp_path / "torrents"))
+    assert done.returncode == 0 and not done.stderr
+    assert "/torrents/\\udcff.torrent is skipped: it is not bencoded." in done.stdout
+    assert "deny.txt, line 2: not" in done.stdout
     (tmp_path / "file").touch()
     done = run(TRACKER_DATA=str(tmp_path / "file"))
     assert done.returncode == 1
