@@ -3218,8 +3218,9 @@ Its announce URL:</p>
 <td><a href="{{ root }}torrent/{{ row.id }}"><bdi>{{ row.name }}</bdi></a><br>
 <small>{% if row.category %}<a class="faint" href="{{ root }}?category=
 {{- row.category | urlencode }}#torrents"><bdi>{{ row.category }}</bdi></a>
-{% endif %}<a href="{{ row | magnet }}" aria-label="magnet link of {{ row.name }}">
-{{- "magnet" }}</a><a href="{{ root }}torrent/{{ row.id }}.torrent"
+{% endif %}{% set link = row | magnet %}{% if link -%}
+<a href="{{ link }}" aria-label="magnet link of {{ row.name }}">magnet</a>
+{%- endif %}<a href="{{ root }}torrent/{{ row.id }}.torrent"
  aria-label="download {{ row.name }}">.torrent</a>
 {%- if not counts.seeders %}<b class="bad">nobody seeds it</b>{% endif %}</small></td>
 <td>{{ row.torrent.size | size }}</td>
@@ -3253,7 +3254,9 @@ Its announce URL:</p>
 </dl>
 <p class="actions">
 <a href="{{ root }}torrent/{{ row.id }}.torrent">Download .torrent</a>
-<a href="{{ row | magnet }}">Magnet link</a></p>
+{% set link = row | magnet -%}
+{% if link %}<a href="{{ link }}">Magnet link</a>{% endif %}
+</p>
 <dl class="about">
   <dt>Size</dt><dd>{{ row.torrent.size | size }}
   ({{ "{:,}".format(row.torrent.size) }} bytes)</dd>
@@ -3572,8 +3575,12 @@ def _about():
 
 
 @pages.app_template_filter("magnet")
-def _magnet(row):
-    return magnet(row.torrent, _announce_url())
+def magnet_of(row):
+    """Return a Row's magnet link; none for a private torrent, or it would never start.
+
+    libtorrent and others give the metadata of such to nobody.
+    """
+    return None if row.torrent.is_private else magnet(row.torrent, _announce_url())
 
 
 @pages.app_template_filter("size")
@@ -3693,7 +3700,7 @@ def _summary(row):
         **row.counts._asdict(),
         "page": page,
         "download": f"{page}.torrent",
-        "magnet": _magnet(row),
+        "magnet": magnet_of(row),
     }
 
 

@@ -5,14 +5,18 @@ way to find peers turned off.
 """
 
 import hashlib
+import json
 import os
 import random
 import shutil
 import subprocess
 from contextlib import contextmanager
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import libtorrent
 import pytest
+from makers import MAKERS, PAYLOADS
 from servers import free_port, gunicorn, poll, scrape, serving, uwsgi
 
 PAYLOAD = random.Random(1).randbytes(600_000)
@@ -163,3 +167,54 @@ def check_payload(path):
         return hashlib.sha256(path.read_bytes()).hexdigest() == CHECKSUM
 
     poll(check, 10, "the payload with the right checksum")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A tracker that lists what is in a folder, and that folder."""
+    port, folder = free_port(), tmp_path_factory.mktemp("site")
+    (folder / "torrents").mkdir()
+    env = {"TRACKER_DATA": str(folder / "data"), "TRACKER_TRACK": "listed"}
+    env["TRACKER_TORRENTS"] = str(folder / "torrents")
+    with serving(gunicorn(port), port, env) as server:
+        yield server, folder / "torrents"
+
+
+@pytest.mark.parametrize("maker", [m for m in MAKERS if not m.startswith("by hand")])
+def test_what_the_site_lists_is_seeded_and_downloaded(site, tmp_path, maker):
+    """By a client that has only the downloaded file, and one with the magnet link."""
+    server, folder = site
+    for path in (folder / maker, *(tmp_path / name for name in ("seed", "leech"))):
+        path.mkdir()
+    payload = PAYLOADS["markup"](tmp_path / "seed")
+    made = libtorrent.torrent_info(str(MAKERS[maker](folder / maker, payload)))
+    (info_hash, *_) = hashes(made)
+    page = f"{server.url}/torrent/{info_hash.hex()}"
+    got = poll(lambda: fetch(f"{page}.torrent"), 5, "every worker to list it")
+    known = json.loads(poll(lambda: fetch(f"{page}.json"), 5, "the same of the other"))
+    info = libtorrent.torrent_info(libtorrent.bdecode(got))
+    assert hashes(info) == hashes(made)
+    with session() as seeding, session() as leeching, session() as linked:
+        add(seeding, info, tmp_path / "seed")
+        poll(lambda: seeded(server, info), 20, "the seeder's announce")
+        clients = [add(leeching, info, tmp_path / "leech")]
+        if known["magnet"]:
+            parameters = libtorrent.parse_magnet_uri(known["magnet"])
+            parameters.save_path = str(tmp_path / "magnet")
+            parameters.flags |= ALONE
+            clients.append(linked.add_torrent(parameters))
+        for client in clients:
+            poll(lambda c=client: c.status().is_seeding, 40, "the download")
+        for client in clients:
+            assert client.torrent_file().info_hashes() == made.info_hashes()
+    assert known["private"] == made.priv() == (not known["magnet"])
+
+
+def fetch(url):
+    """Return what is at a URL, b"" where there is nothing."""
+    try:
+        with urlopen(url, timeout=10) as response:
+            return response.read()
+    except HTTPError as error:
+        assert error.code == 404
+        return b""

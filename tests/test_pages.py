@@ -182,12 +182,23 @@ def test_page_of_a_torrent(site):
         *("maker &lt;1&gt;", "2023-11-14 22:13 UTC", "2020-09-13 12:26 UTC"),
         *("https://mirror.test/?a&amp;b", "this\n  tracker only"),
         *("<bdi>&lt;inner&gt;</bdi>", "<bdi>etc</bdi>", "1.5 KiB"),
-        *(f"/torrent/{one}.torrent", f"magnet:?xt=urn:btih:{one}&amp;dn=all%20of"),
+        f"/torrent/{one}.torrent",
         "<dt>seeders</dt><dd>1</dd>",
     ):
         assert expected in page, expected
     assert re.search("Last seen</dt><dd>20[2-9]", page)
     assert "Nobody seeds it" not in page
+
+
+def test_a_private_torrent_has_no_magnet_link(site):
+    """Clients give the metadata of such to nobody: the link would never start."""
+    client = site("open", info={"private": 0})
+    one = first_id(client)
+    for path in ("/", f"/torrent/{one}"):
+        assert f"magnet:?xt=urn:btih:{one}&amp;dn=open" in text(client.get(path))
+    client = site("private", info={"private": 1})
+    for path in ("/", f"/torrent/{first_id(client)}"):
+        assert "magnet:" not in text(client.get(path))
 
 
 def test_many_files_are_not_all_on_the_page(site):
