@@ -5,9 +5,10 @@
 
 Prints, as medians over the rounds, announces per second, CPU time per announce of the
 whole process tree (user and system), and that as a ratio to opentracker's; then what
-the store alone costs in swarms of 60 and of 100,000, and an announce as a CGI program
-beside a Flask program that answers nothing. Rounds go A B C A B C, so that a
-drift of the machine hits all. Quote the ratios, of one run.
+the store alone costs in swarms of 60 and of 100,000, an announce as a CGI program
+beside a Flask program that answers nothing, and what visits of the front page with
+5,000 torrents cost those who announce. Rounds go A B C A B C, so that a drift of the
+machine hits all. Quote the ratios, of one run.
 
 Needs wrk (Debian's package), and psutil and pyuwsgi as tests/run installs them. The
 others take part if they are installed: Debian's opentracker and qbittorrent-nox.
@@ -24,14 +25,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+from urllib.request import urlopen
 
 import bencoder
 import psutil
 
 HERE = Path(__file__).resolve().parent
 SWARMS, PEERS = 500, 60
+LISTED = 5000  # torrents on the front page
 EMPTY = """
 def app(environ, start_response):
     start_response("200 OK", [("Content-Length", "400")])
@@ -121,12 +125,13 @@ def info_hashes(folder):
 class Tracker:
     """A tracker that serves, from one command, until ``stop``."""
 
-    def __init__(self, name, port, command, folder):
-        environ = {**os.environ, "TRACKER_DATA": str(folder / "data")}
+    def __init__(self, name, port, command, folder, environ=None):
+        environ = {"TRACKER_DATA": str(folder / "data"), **(environ or {})}
         with open(folder / "log.txt", "ab") as log:
             self.process = subprocess.Popen(
                 list(map(str, command)),
-                env=environ, stdout=log, stderr=log, start_new_session=True,
+                env={**os.environ, **environ}, stdout=log, stderr=log,
+                start_new_session=True,
             )  # fmt: skip
         deadline = time.monotonic() + 20
         while socket.socket().connect_ex(("127.0.0.1", port)):
@@ -231,6 +236,56 @@ def store_alone(folder, rounds):
     print(f"of 100,000: {big / small:.2f} times as much.")
 
 
+def site(folder, seconds, rounds):
+    """Print what the front page with 5,000 torrents costs those who announce."""
+    torrents, hashes = folder / "site/torrents", folder / "listed.txt"
+    torrents.mkdir(parents=True)
+    found = []
+    for number in range(LISTED):
+        info = {b"length": number, b"name": b"iso-%d" % number, b"pieces": bytes(2000)}
+        info[b"piece length"] = 2**20
+        made = bencoder.bencode({b"info": info})
+        (torrents / f"{number}.torrent").write_bytes(made)
+        found.append(hashlib.sha1(bencoder.bencode(info)).hexdigest().upper())
+    hashes.write_text("\n".join(found) + "\n")
+    environ = {
+        "TRACKER_TORRENTS": str(torrents),
+        "TRACKER_DATA": str(folder / "listed"),
+    }
+    command = uwsgi(7106, HERE.parent, "app:app")
+    tracker = Tracker("bitbreeze", 7106, command, folder, environ)
+    known = {"SWARMS": str(LISTED), "PEERS": "6"}
+    wrk(7106, 10, hashes, WARM="1", CLOSE="0", **known)
+    alone, visited, times = [], [], []
+    for _ in range(rounds):
+        alone.append(wrk(7106, seconds, hashes, CLOSE="1", **known)[1])
+        stop = threading.Event()
+        visitor = threading.Thread(target=visit, args=(7106, stop, times))
+        visitor.start()
+        visited.append(wrk(7106, seconds, hashes, CLOSE="1", **known)[1])
+        stop.set()
+        visitor.join()
+    tracker.stop()
+    alone, visited = statistics.median(alone), statistics.median(visited)
+    usual, worst = 1000 * statistics.median(times), 1000 * max(times)
+    print(
+        f"\nThe front page with {LISTED:,} torrents, twice a second while others"
+        f" announce: {usual:.0f} ms, at most {worst:.0f} ms;"
+        f" {visited:,.0f} announces/s instead of {alone:,.0f}:"
+        f" {visited / alone:.2f} times as many."
+    )
+
+
+def visit(port, stop, times):
+    """Look at the front page twice a second, and note how long each took."""
+    while not stop.wait(0.5):
+        start = time.monotonic()
+        with urlopen(f"http://127.0.0.1:{port}/") as page:
+            if page.read().count(b"<tr") < 100:
+                sys.exit("the front page does not list the torrents")
+        times.append(time.monotonic() - start)
+
+
 def cgi_alone(folder, rounds):
     """Print what an announce costs in a process of its own, and an empty program."""
     empty = folder / "empty.py"
@@ -275,6 +330,7 @@ def main():
         compare(folder, given.seconds, given.rounds)
         store_alone(folder, given.rounds)
         cgi_alone(folder, given.rounds)
+        site(folder, given.seconds, given.rounds)
     finally:
         shutil.rmtree(folder)
 
