@@ -1553,14 +1553,19 @@ class FileStore(Store):
         return self._visit(info_hash, now, create, work, *arguments)
 
     def _open_swarm(self, info_hash, create):
-        """Open a swarm file, and keep it open; return None if there is none."""
+        """Open a swarm file; return None if there is none.
+
+        It is kept open for those who announce, not for who looks at all of them.
+        """
         name = info_hash.hex()
         path = f"{self.folder}/swarms/{name[:2]}/{name}"
         if len(self._open) >= OPEN_AT_MOST:
             self._open = {}
         while True:
             try:
-                swarm = self._open[info_hash] = Swarm(path, info_hash, self.settings)
+                swarm = Swarm(path, info_hash, self.settings)
+                if create:
+                    self._open[info_hash] = swarm
                 return swarm
             except FileNotFoundError:
                 if not create:
