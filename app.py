@@ -2171,11 +2171,6 @@ class Access:
         """Return whether any torrent is tracked that is not denied."""
         return self._is_open
 
-    def is_open_at(self, now):
-        """Return the same after a look, for those who have not announced."""
-        self.look(now)
-        return self.is_open()
-
     def listed(self):
         """Return the Torrents in the folder that are tracked, in any order."""
         denied = self.deny.hashes
@@ -2206,17 +2201,20 @@ class Access:
             or info_hash in self.allow.hashes
         )
 
-    def look(self, now):
-        """Take in what has changed, once a second; read new files bit by bit."""
+    def look(self, now, patience=0.002):
+        """Take in what has changed, once a second; read new files bit by bit.
+
+        ``patience`` is for how many seconds whoever asks can wait for files to be read.
+        """
         if not self._lock.acquire(blocking=self._looked is None):
             return  # another thread is at it
         try:
             # A thread may come late, with a second that has been looked at.
             if self._looked is not None and -2 < now - self._looked <= 0:
-                self.catalogue.read(now, 0.002)
+                self.catalogue.read(now, patience)
                 return
             try:
-                problems, trouble = self.take_in(now, 0.05)
+                problems, trouble = self.take_in(now, max(0.05, patience))
             finally:
                 self._looked = now  # not before: without a look, nothing is known
             for problem in problems:
@@ -3755,8 +3753,9 @@ class BitBreeze(Flask):
 
     def listing(self, now):
         """Return the Listing of now; it is made anew when the lists or counts are."""
-        access, survey = self.tracker.access, self.tracker.survey(now)
-        access.look(now)
+        access = self.tracker.access
+        access.look(now, patience=0.3)
+        survey = self.tracker.survey(now)
         listed = access.catalogue.version, access.deny.hashes, survey
         if listed != self._listed:
             self._listing = Listing(access.listed(), survey.listed)
