@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 import time
+from collections import Counter
 
 import pytest
 from conftest import NOW, Client, make_settings
@@ -208,6 +209,62 @@ def test_nobody_is_sent_away_for_good_while_torrents_are_read(
         known.check(HASH, NOW)
     for info_hash in listed:
         known.check(info_hash, NOW)
+
+
+def test_a_quiet_folder_costs_a_look_a_second(access, tmp_path, monkeypatch):
+    listed = put(tmp_path)
+    (tmp_path / "torrents/isos").mkdir()
+    (tmp_path / "allow.txt").write_text(HASH.hex())
+    for path in (tmp_path / "torrents", tmp_path / "torrents/isos"):
+        os.utime(path, (NOW - 100, NOW - 100))
+    known, calls = access(), Counter()
+    assert known.tracks(listed, NOW)
+
+    def counting(name, function):
+        def counted(*arguments, **named):
+            calls[name] += 1
+            return function(*arguments, **named)
+
+        return counted
+
+    with monkeypatch.context() as patch:
+        for name in ("stat", "scandir"):
+            patch.setattr(os, name, counting(name, getattr(os, name)))
+        patch.setattr(bitbreeze, "open", counting("open", open), raising=False)
+        for second in range(1, 6):
+            for _ in range(1000):
+                assert known.tracks(listed, NOW + second)
+                assert known.tracks(HASH, NOW + second)
+                assert not known.tracks(OTHER, NOW + second)
+            # One of each list, one of each folder.
+            assert calls == {"stat": second * 4}
+
+
+def test_ten_thousand_files_are_read_a_few_an_announce(access, tmp_path, monkeypatch):
+    """Reading one takes a thousandth of a second, by a clock of our own."""
+    listed = [put(tmp_path, str(number)) for number in range(10_000)]
+    (tmp_path / "allow.txt").write_text(HASH.hex())
+    known, clock, read = access(), [0.0], bitbreeze.Catalogue._read_one
+
+    def reading(*arguments):
+        clock[0] += 0.001
+        read(*arguments)
+
+    monkeypatch.setattr(bitbreeze.Catalogue, "_read_one", reading)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    now, taken = int(time.time()), []
+    while not taken or known.catalogue.unread:
+        before = clock[0]
+        assert known.tracks(HASH, now + len(taken) // 500)
+        taken.append(clock[0] - before)
+        with pytest.raises(bitbreeze.TrackerError, match="still reading|registered"):
+            known.check(OTHER, now + len(taken) // 500)
+    assert max(taken) < 0.053  # a look
+    assert sum(taken) / len(taken) < 0.004
+    assert sum(known.tracks(i, now + len(taken) // 500) for i in listed) == 10_000
+    other = access()
+    assert other.tracks(listed[0], now + 100)
+    assert not other.catalogue.unread and clock[0] < 10.1  # it is known by the first
 
 
 def test_what_is_not_listed_leaves_nothing_behind(tmp_path):
