@@ -1637,6 +1637,7 @@ class FileStore(Store):
 # nothing in them is a path to us, and what is not exactly as it should be is skipped.
 
 BIGGEST = 10 * 2**20  # bytes of a .torrent file that is read
+MOST_PARTS = 2**20  # numbers, texts, lists and ends in it: a second or two to look at
 DEEPEST = 100  # lists and dictionaries in one another; bencoder goes down by recursion
 _TOKEN = re.compile(rb"(\d{1,9}):|i-?\d{1,19}e|[dle]")
 
@@ -1670,7 +1671,7 @@ def read_metainfo(data):
     """
     if len(data) > BIGGEST:
         raise TorrentError(f"it has more than {BIGGEST} bytes")
-    _check_nesting(data)
+    _check_parts(data)
     try:
         metainfo = bencoder.bdecode(data)
         is_canonical = bencoder.bencode(metainfo) == data
@@ -1686,17 +1687,19 @@ def read_metainfo(data):
     return metainfo
 
 
-def _check_nesting(data):
+def _check_parts(data):
     """Raise TorrentError for what would crash bencoder, or is no bencoding at all."""
-    at = depth = 0
+    at = depth = parts = 0
     while at < len(data):
         token = _TOKEN.match(data, at)
         if not token:
             raise TorrentError("it is not bencoded")
         at, kind = token.end() + int(token[1] or 0), token[0]
-        depth += (kind in (b"d", b"l")) - (kind == b"e")
+        depth, parts = depth + (kind in (b"d", b"l")) - (kind == b"e"), parts + 1
         if depth > DEEPEST:
             raise TorrentError(f"it is nested more than {DEEPEST} deep")
+        if parts > MOST_PARTS:
+            raise TorrentError(f"it has more than {MOST_PARTS} parts")
 
 
 def describe(metainfo, path, added):

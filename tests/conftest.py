@@ -16,6 +16,17 @@ import app as bitbreeze  # noqa: E402
 NOW = 1_800_000_000
 
 
+def pytest_addoption(parser):
+    help_text = "the storms, soaks and cases in full: half an hour and more"
+    parser.addoption("--long", action="store_true", help=help_text)
+
+
+@pytest.fixture(scope="session")
+def is_long(request):
+    """Whether to test in full, or as long as anybody who changes something waits."""
+    return request.config.getoption("--long")
+
+
 @pytest.fixture
 def settings():
     return make_settings()

@@ -78,6 +78,7 @@ def test_hashes_and_files_are_those_of_libtorrent(tmp_path, kind):
         (b"d4:infoi5ee", "no dictionary called info"),
         (b"l" * 50000 + b"e" * 50000, "nested more than 100 deep"),
         (b"d1:ad" * 200, "nested more than 100 deep"),
+        (b"l" + b"i0e" * 1_200_000 + b"e", "more than 1048576 parts"),
         (b"x" * (bitbreeze.BIGGEST + 1), "more than 10485760 bytes"),
         (torrent_of("x")[:-1], "not bencoded"),
         (torrent_of("x") + b"\n", "not bencoded"),
