@@ -19,6 +19,7 @@ Parsing and replying are pure functions, ``now`` is an argument, and only the ed
     Store      the contract, and peers in locked files
     Torrents   the folder of .torrent files, and what they say
     Access     what is tracked: any torrent, or those on lists
+    Counters   what all processes have counted since ever
     Tracker    announce and scrape over access and store: no sockets, no HTTP
     Door       the WSGI door, where announce and scrape are answered; CGI
     Doctor     what may be wrong with this host, and what to set
@@ -40,6 +41,7 @@ import struct
 import sys
 import time
 import zlib
+from bisect import bisect_left
 from collections import namedtuple
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -52,6 +54,7 @@ from random import random
 from threading import Lock
 from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
+from weakref import WeakSet
 
 import bencoder
 
@@ -263,11 +266,20 @@ def _check_together(settings):
 
 # -- Errors ---------------------------------------------------------------------------
 
+# The files of Counters know each by its place: new ones go to the end.
+FAILURES = "request", "address", "unregistered", "reading", "full", "key", "internal"
+
 
 class TrackerError(Exception):
     """A request that is refused. Its text is the only one that reaches a client, so it
     names the parameter and says what to do. Anything else raised is a fault of ours:
-    it is logged with its traceback, and the client reads "internal error"."""
+    it is logged with its traceback, and the client reads "internal error".
+
+    ``kind`` is what it is counted as, one of FAILURES."""
+
+    def __init__(self, reason, *, kind="request"):
+        super().__init__(reason)
+        self.kind = kind
 
 
 # -- Values ---------------------------------------------------------------------------
@@ -347,7 +359,8 @@ def client_address(environ, settings):
     except ValueError:
         raise TrackerError(
             f"this tracker cannot see your address, only {remote!r}. Operator: have the"
-            " proxy in front send X-Forwarded-For, and set proxies = 1"
+            " proxy in front send X-Forwarded-For, and set proxies = 1",
+            kind="address",
         ) from None
 
 
@@ -382,7 +395,8 @@ def _told_address(environ, settings):
             raise TrackerError(
                 f"this tracker cannot see your address: {name} has {len(entries)} of"
                 f" {proxies} entries. Operator: set proxies to the number of proxies in"
-                " front that append to it"
+                " front that append to it",
+                kind="address",
             )
         value = entries[-proxies]
     text = value.strip(' \t"')
@@ -393,7 +407,8 @@ def _told_address(environ, settings):
             return address
     raise TrackerError(
         f"this tracker cannot see your address: {name} says {value[:60]!r} where it"
-        " belongs. Operator: look at what the proxy sends, and at the setting proxies"
+        " belongs. Operator: look at what the proxy sends, and at the setting proxies",
+        kind="address",
     )
 
 
@@ -720,7 +735,7 @@ OPEN_AT_MOST = 512  # swarm files a process keeps open, of the 1024 it usually m
 
 
 class DamagedError(Exception):
-    """A file is not a whole swarm file of this version."""
+    """A file is not a whole one of this version."""
 
 
 class RetiredError(Exception):
@@ -993,10 +1008,7 @@ class Swarm:
 
     def is_at_path(self):
         """Return whether the file is still the one at its path; it must be locked."""
-        try:
-            return os.path.samestat(os.stat(self.path), os.fstat(self.fd))
-        except FileNotFoundError:
-            return False
+        return _is_at(self.path, self.fd)
 
     def begin(self, now):
         """Read the first page; raise DamagedError or RetiredError if it is no use."""
@@ -1167,13 +1179,15 @@ class Swarm:
         """
         most = self.settings.max_peers
         if most and self.tally[0] >= most:
-            raise TrackerError(f"this swarm is full: it has {most} peers")
+            raise TrackerError(f"this swarm is full: it has {most} peers", kind="full")
         most = self.settings.max_peers_per_address
         if not most or address[0] == 127 or address == _LOOPBACK6:
             return
         share = most / self.pages
         if page.count_from(address) >= share + 3 * share**0.5 * (self.pages > 1):
-            raise TrackerError(f"your address has {most} peers in this swarm already")
+            raise TrackerError(
+                f"your address has {most} peers in this swarm already", kind="full"
+            )
 
     # Where in the file a peer is
 
@@ -1359,6 +1373,14 @@ _ABSENT = Record(b"", 0, 0, 0, 0, _NOWHERE4, _NOWHERE6)
 _LOOPBACK6 = bytes(15) + b"\1"
 
 
+def _is_at(path, fd):
+    """Return whether an open file is still the one at its path."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
 def _is_seeder(announce):
     return announce.left == 0 or (
         announce.left is None and announce.event == "completed"
@@ -1379,7 +1401,9 @@ def _refuse_stranger(record, announce):
     """
     endpoint = record.endpoint4 if len(announce.address) == 4 else record.endpoint6
     if endpoint[:-2] != announce.address:
-        raise TrackerError("peer_id is in use with another key: restart your client")
+        raise TrackerError(
+            "peer_id is in use with another key: restart your client", kind="key"
+        )
 
 
 def _updated(old, announce, now):
@@ -1548,7 +1572,8 @@ class FileStore(Store):
         def make(number):
             if 0 < self.settings.max_swarms <= number:
                 raise TrackerError(
-                    f"this tracker is full: it tracks {number} torrents already"
+                    f"this tracker is full: it tracks {number} torrents already",
+                    kind="full",
                 )
             try:
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
@@ -2024,10 +2049,13 @@ class Access:
             return
         if self.catalogue.unread and info_hash not in self.deny.hashes:
             raise TrackerError(
-                "this tracker is still reading its list of torrents: try again soon"
+                "this tracker is still reading its list of torrents: try again soon",
+                kind="reading",
             )
         # Transmission knows these words, and stops asking.
-        raise TrackerError("torrent not registered with this tracker")
+        raise TrackerError(
+            "torrent not registered with this tracker", kind="unregistered"
+        )
 
     def tracks(self, info_hash, now):
         """Return whether a torrent is tracked."""
@@ -2062,14 +2090,206 @@ class Access:
             self._lock.release()
 
 
+# -- Counters -------------------------------------------------------------------------
+
+COUNTED = 64  # numbers in a file: those that nothing is counted in yet are zeros
+_COUNTERS_MAGIC = b"cntr\x01\0\0\0"  # with the version of the format
+# Upper bounds of the time that an announce takes, in nanoseconds. A longer one goes
+# into a bucket of its own.
+WITHIN = tuple(
+    round(milliseconds * 1e6) for milliseconds in (0.05, 0.1, 0.2, 0.5, 1, 5, 20, 100)
+)
+_SCRAPES, _NANOSECONDS, _TOOK, _FAILED = 1, 2, 3, 16  # places in a file
+_FAILED_AT = {kind: place for place, kind in enumerate(FAILURES, _FAILED)}
+
+
+class Counted(NamedTuple):
+    """What all processes have counted since ever."""
+
+    scrapes: int  # answered or refused
+    nanoseconds: int  # that all announces took
+    took: tuple  # announces by time: see WITHIN
+    failures: dict  # by FAILURES
+
+
+class Counters:
+    """What is counted, by each process in a file of its own.
+
+    A process takes the first of the files counters/0, counters/1 ... that nobody has
+    locked, goes on from its numbers, and keeps the lock for as long as it lives. So the
+    sum of all files is right however processes come and go. 512 bytes each, numbers in
+    the order of this machine:
+
+        offset  bytes
+             0      8  "cntr", the version of the format, 1, and zeros
+             8      8  scrapes
+            16      8  nanoseconds that all announces took
+            24     72  announces: one number for each of WITHIN, and one for longer ones
+           128     56  failures: one number for each of FAILURES
+           184    328  zeros
+
+    Guarantees: each count is one write of the whole file, so a killed process loses no
+    more than the announce it was at, and a file that was cut short or overwritten is
+    whole again with the next. (A write to mapped memory would take a microsecond less,
+    but kills the process if the file was cut short, or on some file systems when the
+    disk is full.) A damaged file is kept as 0.damaged and logged. While a file cannot
+    be written, its process counts in memory. Whoever removes files takes their numbers
+    away.
+    """
+
+    _all = WeakSet()
+
+    def __init__(self, folder):
+        """Count in ``folder``, which the first count makes."""
+        self.folder, self._fd = str(folder), -1
+        self._start()
+        Counters._all.add(self)
+
+    def _start(self):
+        self._lock, self._looked, self._has_failed = Lock(), None, False
+        self._close()
+
+    @classmethod
+    def start_anew(cls):
+        """Leave file and lock to the parent, in a child that has just been forked."""
+        for counters in cls._all:
+            counters._start()
+
+    def __del__(self):
+        self._close()
+
+    def _close(self):
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self._path = -1, ""
+        self._numbers = memoryview(bytearray(8 * COUNTED)).cast("Q")
+
+    def count(self, now, failure, nanoseconds=None):
+        """Count a scrape, or an announce and the time it took.
+
+        ``failure`` is "", or why it was refused: one of FAILURES.
+        """
+        with self._lock:
+            if now != self._looked:
+                self._look(now)
+            numbers = self._numbers
+            if nanoseconds is None:
+                numbers[_SCRAPES] += 1
+            else:
+                numbers[_NANOSECONDS] += nanoseconds
+                numbers[_TOOK + bisect_left(WITHIN, nanoseconds)] += 1
+            if failure:
+                numbers[_FAILED_AT[failure]] += 1
+            try:
+                if os.pwrite(self._fd, numbers, 0) < 8 * COUNTED:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                self._complain(error)
+
+    def total(self, now):
+        """Return Counted, of all processes."""
+        with self._lock:
+            if self._fd >= 0:
+                self._look(now)
+            found = [self._numbers.tolist()]
+            names = os.listdir(self.folder) if os.path.isdir(self.folder) else ()
+            for path in (f"{self.folder}/{name}" for name in names if name.isdecimal()):
+                with suppress(OSError, DamagedError):
+                    if path != self._path:
+                        found.append(_numbers(Path(path).read_bytes()))
+        sums = [sum(column) for column in zip(*found, strict=True)]
+        took = tuple(sums[_TOOK : _TOOK + len(WITHIN) + 1])
+        failures = dict(zip(FAILURES, sums[_FAILED:], strict=False))
+        return Counted(sums[_SCRAPES], sums[_NANOSECONDS], took, failures)
+
+    def _look(self, now):
+        """See, once a second, that there is a file and that it is still in place."""
+        self._looked = now
+        try:
+            if self._fd >= 0 and not _is_at(self._path, self._fd):
+                self._close()
+            if self._fd < 0:
+                self._take_file()
+                self._has_failed = False
+        except OSError as error:
+            self._complain(error)
+
+    def _complain(self, error):
+        if not self._has_failed:
+            log.error("counters are not kept in %s: %s", self.folder, error)
+        self._has_failed = True
+
+    def _take_file(self):
+        """Take a file that nobody has, and add its numbers to ours."""
+        for number in range(1000):
+            path = f"{self.folder}/{number}"
+            with suppress(BlockingIOError):  # another process has it
+                fd = _open_locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+        else:
+            raise OSError(errno.EAGAIN, "all files are locked")
+        try:
+            known = _numbers(os.pread(fd, PAGE, 0))
+        except DamagedError as error:
+            _empty_damaged(fd, path, error)
+            known = ()
+        for place, number in enumerate(known):
+            self._numbers[place] += number
+        self._numbers.cast("B")[:8] = _COUNTERS_MAGIC
+        self._fd, self._path = fd, path
+
+
+os.register_at_fork(after_in_child=Counters.start_anew)
+
+
+def _numbers(data):
+    """Return the numbers in a file of Counters, with 0 for its magic."""
+    if not data:  # a new one
+        return [0] * COUNTED
+    if len(data) != 8 * COUNTED or data[:8] != _COUNTERS_MAGIC:
+        raise DamagedError(f"it is not {8 * COUNTED} bytes of format {_COUNTERS_MAGIC}")
+    numbers = [0, *memoryview(data).cast("Q")[1:]]
+    if max(numbers) >= 2**63:  # one more could be too much for its 8 bytes
+        raise DamagedError("a number in it is too big")
+    return numbers
+
+
+def _open_locked(path, operation):
+    """Return a descriptor of a file, made if need be, that is locked by flock."""
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, operation)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _empty_damaged(fd, path, error):
+    """Keep a copy of a damaged file, and empty it; it must be locked.
+
+    It is not renamed, as others may have it open, and wait for its lock.
+    """
+    try:
+        with open(f"{path}.damaged", "wb") as copy:
+            copy.write(os.pread(fd, BIGGEST, 0))
+        os.ftruncate(fd, 0)
+    except OSError:
+        os.close(fd)
+        raise
+    log.error("%s was damaged: %s. It is kept as %s.damaged", path, error, path)
+
+
 # -- Tracker --------------------------------------------------------------------------
 
 
 class Tracker:
     """Announce and scrape. No sockets, no HTTP; ``now`` is an argument."""
 
-    def __init__(self, settings, access, store):
+    def __init__(self, settings, access, store, counters):
         self.settings, self.access, self.store = settings, access, store
+        self.counters = counters
         self._totals, self._totals_until = None, (0, 0)
 
     def announce(self, announce, now):
@@ -2124,7 +2344,8 @@ def open_tracker(settings):
     """Return the Tracker that keeps its peers where ``settings`` say."""
     data, torrents = HERE / settings.data, HERE / settings.torrents
     catalogue = Catalogue(torrents, data / "torrents.json")
-    return Tracker(settings, Access(settings, catalogue), FileStore(data, settings))
+    access, store = Access(settings, catalogue), FileStore(data, settings)
+    return Tracker(settings, access, store, Counters(data / "counters"))
 
 
 # -- Door -----------------------------------------------------------------------------
@@ -2155,13 +2376,22 @@ class Door:
 
     def _reply(self, answer, environ):
         """Return the reply to an announce or a scrape, or why there is none."""
+        tracker, failure = self.tracker, ""
+        now, started = int(time.time()), time.perf_counter_ns()
         try:
-            return answer(self.tracker, environ, int(time.time()))
+            return answer(tracker, environ, now)
         except TrackerError as refusal:
-            return failure_reply(str(refusal), self.tracker.settings)
+            failure = refusal.kind
+            return failure_reply(str(refusal), tracker.settings)
         except Exception:
+            failure = "internal"
             log.exception("%s failed", environ["PATH_INFO"])
-            return failure_reply("internal error", self.tracker.settings)
+            return failure_reply("internal error", tracker.settings)
+        finally:
+            took = (
+                time.perf_counter_ns() - started if answer is _answer_announce else None
+            )
+            tracker.counters.count(now, failure, took)
 
 
 def _answer_announce(tracker, environ, now):
