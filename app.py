@@ -47,7 +47,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from hashlib import blake2b, sha1, sha256
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from operator import add, or_
 from pathlib import Path
 from random import random
@@ -718,8 +718,16 @@ class Store:
         """Yield (info_hash, Peers) of every swarm, with all the peers that are kept."""
         raise NotImplementedError
 
+    def families(self, now):
+        """Return how many peers have an IPv4 endpoint, and how many an IPv6 one."""
+        raise NotImplementedError
+
     def tidy(self, now):
         """Do a little housekeeping when it is due: nobody else does it."""
+        raise NotImplementedError
+
+    def probe(self):
+        """Raise OSError if peers cannot be kept."""
         raise NotImplementedError
 
 
@@ -916,6 +924,11 @@ class Page:
         """Return a peer's endpoints, (IPv4, IPv6), b"" for a family it has not."""
         at4, at6 = _ENDS4 + slot * 6, _ENDS6 + slot * 18
         return _present(self.data[at4 : at4 + 6], self.data[at6 : at6 + 18])
+
+    def families(self):
+        """Return how many peers have an IPv4 endpoint, and how many an IPv6 one."""
+        seen = _SEEN.unpack_from(self.data, _WHOS)[: 2 * self.peers]
+        return self.peers - seen[::2].count(0), self.peers - seen[1::2].count(0)
 
     def columns(self):
         """Return all peers, as the columns of Peers."""
@@ -1128,6 +1141,12 @@ class Swarm:
         found = [self._page(number).columns() for number in range(self.pages)]
         self.loaded.clear()  # that was the whole swarm
         return Peers(*map(b"".join, zip(*found, strict=True)))
+
+    def families(self):
+        """Return how many peers of the swarm have an IPv4 endpoint, and an IPv6 one."""
+        found = [self._page(number).families() for number in range(self.pages)]
+        self.loaded.clear()  # that was the whole swarm
+        return tuple(map(sum, zip(*found, strict=True)))
 
     def is_forgettable(self):
         """Return whether nobody is in the swarm and nothing of it is worth keeping."""
@@ -1373,6 +1392,18 @@ _ABSENT = Record(b"", 0, 0, 0, 0, _NOWHERE4, _NOWHERE6)
 _LOOPBACK6 = bytes(15) + b"\1"
 
 
+def _open_locked(path, operation):
+    """Return a descriptor of a file, made if need be, that is locked by flock."""
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, operation)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
 def _is_at(path, fd):
     """Return whether an open file is still the one at its path."""
     try:
@@ -1497,6 +1528,24 @@ class FileStore(Store):
             if found:
                 yield info_hash, found
 
+    def families(self, now):
+        found = [(0, 0)]
+        for fan in range(256):
+            found += [each for _, each in self._walk(fan, now, Swarm.families)]
+        return tuple(map(sum, zip(*found, strict=True)))
+
+    def probe(self):
+        path = f"{self.folder}/probe"  # one, so that kills leave no more behind
+        with suppress(BlockingIOError):  # another process is at it, so locks work
+            fd = _open_locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                if os.pwrite(fd, bytes(PAGE), 0) < PAGE:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            finally:
+                with suppress(FileNotFoundError):  # it was opened, then removed
+                    os.unlink(path)
+                os.close(fd)
+
     def tidy(self, now):
         """Look through one of the 256 folders, at most every ten seconds."""
         if abs(now - self._tidied) >= 10:
@@ -1504,8 +1553,11 @@ class FileStore(Store):
             for _ in self._walk(self._next, now):
                 pass
 
-    def _walk(self, fan, now):
-        """Yield (info_hash, Counts) of the swarms in a folder; remove what is over."""
+    def _walk(self, fan, now, work=None):
+        """Yield (info_hash, work(swarm)) of the swarms in a folder.
+
+        Without ``work``, yield Counts, and remove swarms that are over.
+        """
         try:
             names = os.listdir(f"{self.folder}/swarms/{fan:02x}")
         except FileNotFoundError:
@@ -1513,9 +1565,11 @@ class FileStore(Store):
         for name in names:
             if len(name) == 40:
                 info_hash = bytes.fromhex(name)
-                counts = self._visit(info_hash, now, False, self._count_or_remove)
-                if counts:
-                    yield info_hash, counts
+                found = self._visit(
+                    info_hash, now, False, work or self._count_or_remove
+                )
+                if found:
+                    yield info_hash, found
 
     def _count_or_remove(self, swarm):
         if not swarm.is_forgettable():
@@ -2254,18 +2308,6 @@ def _numbers(data):
     return numbers
 
 
-def _open_locked(path, operation):
-    """Return a descriptor of a file, made if need be, that is locked by flock."""
-    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, operation)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
 def _empty_damaged(fd, path, error):
     """Keep a copy of a damaged file, and empty it; it must be locked.
 
@@ -2291,6 +2333,7 @@ class Tracker:
         self.settings, self.access, self.store = settings, access, store
         self.counters = counters
         self._totals, self._totals_until = None, (0, 0)
+        self._families, self._families_until = None, (0, 0)
 
     def announce(self, announce, now):
         """Return (Counts, Peers, seconds to wait); raise TrackerError if refused."""
@@ -2338,6 +2381,19 @@ class Tracker:
             )
             self._totals_until = now, now + len(swarms) // 1000
         return self._totals
+
+    def families(self, now):
+        """Return how many peers have an IPv4 endpoint, and how many an IPv6 one.
+
+        Kept like the totals, as long for ten peers as for a swarm: a swarm of many is
+        read whole.
+        """
+        start, end = self._families_until
+        if not start <= now < end:
+            totals, self._families = self.totals(now), self.store.families(now)
+            peers = totals.seeders + totals.leechers
+            self._families_until = now, now + (totals.swarms + peers // 10) // 500
+        return self._families
 
 
 def open_tracker(settings):
@@ -3035,6 +3091,77 @@ def stats():
     """The numbers of the front page, for programs on any site."""
     totals = current_app.tracker.totals(int(time.time()))
     return totals._asdict(), {"Access-Control-Allow-Origin": "*"}
+
+
+@pages.get("/metrics")
+def metrics():
+    """All that is counted, for Prometheus."""
+    tracker, now = current_app.tracker, int(time.time())
+    totals, counted = tracker.totals(now), tracker.counters.total(now)
+    return metrics_text(totals, tracker.families(now), counted), {
+        "Content-Type": "text/plain; version=0.0.4; charset=utf-8",
+        "Cache-Control": "no-store",
+    }
+
+
+METRICS = (
+    # Snatches are no counter: they go with the swarms that are forgotten.
+    ("swarms", "gauge", "Swarms with a peer."),
+    ("seeders", "gauge", "Peers that have all of a torrent."),
+    ("leechers", "gauge", "All other peers."),
+    ("partial_seeds", "gauge", "Leechers that have all they want."),
+    ("snatches", "gauge", "Downloads completed in the swarms that are kept."),
+    ("peers", "gauge", "Peers by family; one of both is in both."),
+    ("announces_total", "counter", "Announces, with those refused."),
+    ("scrapes_total", "counter", "Scrapes, with those refused."),
+    ("failures_total", "counter", "Announces and scrapes refused, by reason."),
+    ("announce_duration_seconds", "histogram", "Time from request to reply."),
+)
+
+
+def metrics_text(totals, families, counted):
+    """Return Totals, peers by family (IPv4, IPv6) and Counted as Prometheus reads them.
+
+    That is its text format, version 0.0.4.
+    """
+    ends = [*(f"{end / 1e9:g}" for end in WITHIN), "+Inf"]
+    took = dict(zip(ends, accumulate(counted.took), strict=True))
+    announces = took["+Inf"]
+    samples = {name: {"": number} for name, number in totals._asdict().items()}
+    samples |= {
+        "peers": _labelled("family", zip(("ipv4", "ipv6"), families, strict=True)),
+        "announces_total": {"": announces},
+        "scrapes_total": {"": counted.scrapes},
+        "failures_total": _labelled("reason", counted.failures.items()),
+        "announce_duration_seconds": {
+            **{f"_bucket{end}": n for end, n in _labelled("le", took.items()).items()},
+            "_sum": f"{counted.nanoseconds / 1e9:.9f}",
+            "_count": announces,
+        },
+    }
+    return "".join(
+        f"# HELP bitbreeze_{name} {sentence}\n# TYPE bitbreeze_{name} {kind}\n"
+        + "".join(
+            f"bitbreeze_{name}{which} {n}\n" for which, n in samples[name].items()
+        )
+        for name, kind, sentence in METRICS
+    )
+
+
+def _labelled(label, numbers):
+    return {f'{{{label}="{value}"}}': number for value, number in numbers}
+
+
+@pages.get("/health")
+def health():
+    """Whether peers can be kept here, for load balancers and monitors."""
+    answer, status = {"status": "ok"}, 200
+    try:
+        current_app.tracker.store.probe()
+    except OSError as error:
+        reason = f"the data folder cannot be written: {error.strerror}"
+        answer, status = {"status": "failing", "reason": reason}, 503
+    return answer, status, {"Cache-Control": "no-store"}
 
 
 class BitBreeze(Flask):
