@@ -19,7 +19,7 @@ Parsing and replying are pure functions, ``now`` is an argument, and only the ed
     Store      the contract, and peers in locked files
     Torrents   the folder of .torrent files, and what they say
     Access     what is tracked: any torrent, or those on lists
-    Counters   what all processes have counted since ever
+    Counters   what all processes have counted since ever, and a month by the hour
     Tracker    announce and scrape over access and store: no sockets, no HTTP
     Door       the WSGI door, where announce and scrape are answered; CGI
     Doctor     what may be wrong with this host, and what to set
@@ -710,8 +710,11 @@ class Store:
         """Return Counts by info_hash, zeros for a swarm that is not known."""
         raise NotImplementedError
 
-    def swarms(self, now):
-        """Yield (info_hash, Counts) of every swarm that has peers or snatches."""
+    def swarms(self, now, first=None):
+        """Yield (info_hash, Counts) of every swarm that has peers or snatches.
+
+        With ``first``, 0 to 255, only of those whose info_hash begins with that byte.
+        """
         raise NotImplementedError
 
     def peers(self, now):
@@ -1383,8 +1386,7 @@ class Swarm:
         )
 
     def _pwrite(self, data, at):
-        if os.pwrite(self.fd, data, at) != len(data):
-            raise OSError(errno.ENOSPC, "a swarm file could not be written in full")
+        _write(self.fd, data, at)
 
 
 NOBODY, NOTHING = Peers(b"", b"", b""), Counts(0, 0, 0, 0)
@@ -1402,6 +1404,11 @@ def _open_locked(path, operation):
         os.close(fd)
         raise
     return fd
+
+
+def _write(fd, data, at):
+    if os.pwrite(fd, data, at) != len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _is_at(path, fd):
@@ -1513,7 +1520,10 @@ class FileStore(Store):
             for info_hash in info_hashes
         }
 
-    def swarms(self, now):
+    def swarms(self, now, first=None):
+        if first is not None:
+            yield from self._walk(first, now)
+            return
         before, found = self._count_swarms(), 0
         for fan in range(256):
             for swarm in self._walk(fan, now):
@@ -1539,8 +1549,7 @@ class FileStore(Store):
         with suppress(BlockingIOError):  # another process is at it, so locks work
             fd = _open_locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
             try:
-                if os.pwrite(fd, bytes(PAGE), 0) < PAGE:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                _write(fd, bytes(PAGE), 0)
             finally:
                 with suppress(FileNotFoundError):  # it was opened, then removed
                     os.unlink(path)
@@ -2285,8 +2294,12 @@ class Counters:
         try:
             known = _numbers(os.pread(fd, PAGE, 0))
         except DamagedError as error:
-            _empty_damaged(fd, path, error)
             known = ()
+            try:
+                _empty_damaged(fd, path, error)
+            except OSError:
+                os.close(fd)
+                raise
         for place, number in enumerate(known):
             self._numbers[place] += number
         self._numbers.cast("B")[:8] = _COUNTERS_MAGIC
@@ -2313,14 +2326,142 @@ def _empty_damaged(fd, path, error):
 
     It is not renamed, as others may have it open, and wait for its lock.
     """
-    try:
-        with open(f"{path}.damaged", "wb") as copy:
-            copy.write(os.pread(fd, BIGGEST, 0))
-        os.ftruncate(fd, 0)
-    except OSError:
-        os.close(fd)
-        raise
+    with open(f"{path}.damaged", "wb") as copy:
+        copy.write(os.pread(fd, BIGGEST, 0))
+    os.ftruncate(fd, 0)
     log.error("%s was damaged: %s. It is kept as %s.damaged", path, error, path)
+
+
+HOUR, MONTH = 3600, 31 * 24  # seconds, hours
+SLICE = 100  # swarms counted in one announce, about a millisecond
+TAKEOVER = 300  # seconds for a process to take a sample before others begin one
+_HISTORY_HEAD = struct.Struct("<5s7xI")
+_HISTORY_MAGIC = b"hist\x01"  # with the version of the format
+
+
+class Sample(NamedTuple):
+    """What the tracker held once in an hour."""
+
+    seeders: int
+    leechers: int
+    swarms: int  # those with at least one peer
+    time: int  # seconds since 1970
+
+
+_SAMPLE = struct.Struct("<IIII")  # the time last: without it, there is no sample
+
+
+class History:
+    """The samples of 31 days, one an hour, in one file of all processes.
+
+    Numbers are little-endian:
+
+        offset  bytes
+             0      5  "hist" and the version of the format, 1
+            12      4  seconds since 1970: when a process last began a sample
+            16  11904  744 times seeders 4, leechers 4, swarms 4, time 4, or zeros
+
+    Each hour since 1970 has its place, modulo 744. So a clock that was wrong spoils the
+    hours it named, no more, and they come again. The requests do it: one begins, under
+    flock, and the announces that its process then gets count on, a slice each. After
+    five minutes others begin, too, and who ends first writes: one write, so that a kill
+    leaves the old sample or the new one. A damaged file is kept as history.damaged.
+    """
+
+    def __init__(self, path):
+        """Keep samples at ``path``, which the first announce makes."""
+        self.path = str(path)
+        self.quiet = 0, 0  # seconds from and until when a step has nothing to do
+        self._lock, self._sums = Lock(), (0, 0, 0)
+        self._walk, self._next = None, 0  # what is left of a folder, and the next one
+        self._stepped, self._has_failed = 0, False
+
+    def samples(self, now):
+        """Return the Samples of the last 31 days, the oldest first."""
+        try:
+            data = Path(self.path).read_bytes()
+        except OSError:
+            return []
+        if data[:5] != _HISTORY_MAGIC:
+            return []
+        end = len(data) - len(data) % _SAMPLE.size
+        found = map(Sample._make, _SAMPLE.iter_unpack(data[_HISTORY_HEAD.size : end]))
+        is_recent = [each for each in found if now - MONTH * HOUR < each.time <= now]
+        return sorted(is_recent, key=lambda sample: sample.time)
+
+    def step(self, swarms, now, enough=SLICE):
+        """Count on for the sample of this hour, if it is for this process to do.
+
+        ``swarms`` is Store.swarms; ``enough`` of them are counted.
+        """
+        if not self._lock.acquire(blocking=False):
+            return  # another thread is at it
+        try:
+            if self._walk or self._begin(now):
+                # Nobody waits behind an announce that comes after quiet seconds.
+                idle = min(max(0, now - self._stepped - 1), 10)
+                self._count(swarms, now, enough + 1000 * idle)
+        except OSError as error:
+            if not self._has_failed:
+                log.error("no history is kept in %s: %s", self.path, error)
+            self._has_failed, self._walk = True, None
+            self.quiet = now, now + TAKEOVER
+        finally:
+            self._stepped = now
+            self._lock.release()
+
+    def _begin(self, now):
+        """Return whether this process is to take a sample."""
+        fd = _open_locked(self.path, fcntl.LOCK_EX)
+        try:
+            head = os.pread(fd, _HISTORY_HEAD.size, 0)
+            if head and not (head[:5] == _HISTORY_MAGIC and len(head) == 16):
+                _empty_damaged(fd, self.path, f"no head of format {_HISTORY_MAGIC}")
+                head = b""
+            known = os.pread(fd, _SAMPLE.size, _place(now)).ljust(_SAMPLE.size, b"\0")
+            begun = _HISTORY_HEAD.unpack(head)[1] if head else 0
+            if _SAMPLE.unpack(known)[3] // HOUR == now // HOUR:
+                self.quiet = now, now - now % HOUR + HOUR
+            elif 0 <= now - begun < TAKEOVER:
+                self.quiet = now, begun + TAKEOVER
+            else:
+                _write(fd, _HISTORY_HEAD.pack(_HISTORY_MAGIC, now), 0)
+                self._sums, self._walk, self._next = (0, 0, 0), iter(()), 0
+                self._stepped = now
+                return True
+            return False
+        finally:
+            os.close(fd)
+
+    def _count(self, swarms, now, enough):
+        """Count so many swarms, or all that are left, and then write the sample."""
+        while enough:
+            found = next(self._walk, None)
+            if found:
+                seeders, leechers, _, _ = found[1]
+                alive = seeders + leechers > 0
+                self._sums = tuple(map(add, self._sums, (seeders, leechers, alive)))
+                enough -= 1
+            elif self._next < 256:
+                self._walk = swarms(now, self._next)
+                self._next += 1
+            else:
+                return self._end(now)
+
+    def _end(self, now):
+        """Write the sample."""
+        fd = _open_locked(self.path, fcntl.LOCK_EX)
+        try:
+            _write(fd, _SAMPLE.pack(*self._sums, now), _place(now))
+        finally:
+            os.close(fd)
+        self._walk = None
+        self.quiet, self._has_failed = (now, now - now % HOUR + HOUR), False
+
+
+def _place(now):
+    """Return where in the file of History the sample of an hour is."""
+    return _HISTORY_HEAD.size + now // HOUR % MONTH * _SAMPLE.size
 
 
 # -- Tracker --------------------------------------------------------------------------
@@ -2329,9 +2470,9 @@ def _empty_damaged(fd, path, error):
 class Tracker:
     """Announce and scrape. No sockets, no HTTP; ``now`` is an argument."""
 
-    def __init__(self, settings, access, store, counters):
+    def __init__(self, settings, access, store, counters, history):
         self.settings, self.access, self.store = settings, access, store
-        self.counters = counters
+        self.counters, self.history = counters, history
         self._totals, self._totals_until = None, (0, 0)
         self._families, self._families_until = None, (0, 0)
 
@@ -2345,6 +2486,9 @@ class Tracker:
         counts, peers = self.store.announce(announce, wanted, now)
         peers = peers_for(announce.address, peers, settings.public_ip)
         self.store.tidy(now)
+        start, end = self.history.quiet
+        if not start <= now < end:
+            self.history.step(self.store.swarms, now)
         # A tenth more or less, so that those who came together do not return together.
         return counts, peers, int(settings.interval * (0.9 + 0.2 * random()))
 
@@ -2401,7 +2545,8 @@ def open_tracker(settings):
     data, torrents = HERE / settings.data, HERE / settings.torrents
     catalogue = Catalogue(torrents, data / "torrents.json")
     access, store = Access(settings, catalogue), FileStore(data, settings)
-    return Tracker(settings, access, store, Counters(data / "counters"))
+    counters, history = Counters(data / "counters"), History(data / "history")
+    return Tracker(settings, access, store, counters, history)
 
 
 # -- Door -----------------------------------------------------------------------------
@@ -2488,9 +2633,12 @@ if is_cgi and _answer_of(os.environ.get("PATH_INFO", "")):
     # A program that lives for one announce ends here: all that is above takes a third
     # of the time that Flask takes to be imported.
     try:
-        answer_cgi(Door(open_tracker(load_settings()), pages=None))
+        tracker = open_tracker(load_settings())
     except SettingsError as error:
         sys.exit(f"app.py: {error}")  # for the web server's error log
+    answer_cgi(Door(tracker, pages=None))
+    # No other announce will go on counting here.
+    tracker.history.step(tracker.store.swarms, int(time.time()), enough=sys.maxsize)
     sys.exit()
 
 
