@@ -3312,6 +3312,110 @@ def health():
     return answer, status, {"Cache-Control": "no-store"}
 
 
+# Both have three times the contrast of black and of white, and differ for all eyes.
+_SEEDERS, _LEECHERS = "#2a7ae2", "#c46a00"
+_HEIGHT = 200  # units from the bottom of the graph to its top; an hour is one across
+
+
+def month_graph(samples, now):
+    """Return Samples as SVG to stand in a page, or "" if there are not two yet.
+
+    It stretches with the page while its text keeps its size, and needs no style. What
+    was not sampled for more than two hours is a gap in the lines.
+    """
+    if len(samples) < 2:
+        return ""
+    seeders = [sample.seeders for sample in samples]
+    leechers = [sample.leechers for sample in samples]
+    half = _rounded(max(*seeders, *leechers))
+    title = "Seeders and leechers in the last 31 days"
+    text = "; ".join(
+        f"{name}: {each[-1]:,} at last, {min(each):,} at least, {max(each):,} at most"
+        for name, each in (("Seeders", seeders), ("Leechers", leechers))
+    )
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" role="img" width="100%" height="240"'
+        ' aria-labelledby="month-title month-text" font-size="13" fill="currentColor">'
+        f'<title id="month-title">{title}</title><desc id="month-text">{text}.</desc>'
+        + _legend(seeders[-1], leechers[-1])
+        + f'<svg y="40" width="100%" height="176" viewBox="0 0 {MONTH} {_HEIGHT}"'
+        ' preserveAspectRatio="none" fill="none" stroke-width="2"'
+        ' stroke-linecap="round" stroke-linejoin="round" overflow="visible">'
+        + _line(samples, seeders, now, 2 * half, _SEEDERS, area=True)
+        + _line(samples, leechers, now, 2 * half, _LEECHERS)
+        + "</svg>"
+        + "".join(_level(y, n) for y, n in ((40, 2 * half), (128, half), (216, 0)))
+        + _days(now)
+        + "</svg>"
+    )
+
+
+def _rounded(most):
+    """Return a round number that is at least half of ``most``."""
+    half = max(1, (most + 1) // 2)
+    unit = max(1, 10 ** (len(str(half)) - 1) // 2)
+    return -(-half // unit) * unit
+
+
+def _legend(seeders, leechers):
+    return "".join(
+        f'<rect x="{x}" y="3" width="12" height="12" rx="2" fill="{colour}"/>'
+        f'<text x="{x}" dx="18" y="14">{name} {number:,}</text>'
+        for x, colour, name, number in (
+            ("0", _SEEDERS, "seeders", seeders),
+            ("50%", _LEECHERS, "leechers", leechers),
+        )
+    )
+
+
+def _line(samples, numbers, now, top, colour, area=False):
+    """Return a line for each time without a gap, with the area below it if asked."""
+    runs, last = [], -MONTH
+    for each, number in zip(samples, numbers, strict=True):
+        hour = MONTH - now // HOUR + each.time // HOUR
+        if hour - last > 2:
+            runs.append([])
+        runs[-1].append((last := hour, _HEIGHT - round(number * _HEIGHT / top)))
+    drawn = ""
+    for run in runs:
+        (x, y), steps = run[0], zip(run, run[1:], strict=False)
+        # A sample alone is drawn as an hour. Relative steps take half of the bytes.
+        path = " ".join(f"{d - b} {e - c}" for (b, c), (d, e) in steps) or "1 0"
+        if area:
+            drawn += (
+                f'<path d="M{x} {_HEIGHT}V{y}l{path}V{_HEIGHT}Z" fill="{colour}"'
+                ' fill-opacity=".2"/>'
+            )
+        drawn += (
+            f'<path d="M{x} {y}l{path}" stroke="{colour}"'
+            ' vector-effect="non-scaling-stroke"/>'
+        )
+    return drawn
+
+
+def _level(y, number):
+    return (
+        f'<line x1="0" x2="100%" y1="{y}" y2="{y}" stroke="currentColor"'
+        f' stroke-opacity=".25"/><text x="2" y="{y - 4}" stroke="Canvas"'
+        f' stroke-width="3" paint-order="stroke">{number:,}</text>'
+    )
+
+
+def _days(now):
+    """Return the dates (UTC) of Mondays, where the days begin."""
+    day, found = 24 * HOUR, ""
+    for midnight in range(now // day * day - 30 * day, now, day):
+        at = 100 - (now - midnight) / (MONTH * HOUR) * 100
+        if time.gmtime(midnight).tm_wday == 0 and 5 < at < 95:
+            date = time.strftime("%-d %b", time.gmtime(midnight))
+            found += (
+                f'<line x1="{at:.1f}%" x2="{at:.1f}%" y1="216" y2="221"'
+                ' stroke="currentColor"/>'
+                f'<text x="{at:.1f}%" y="235" text-anchor="middle">{date}</text>'
+            )
+    return found
+
+
 class BitBreeze(Flask):
     """The application; announces and scrapes do not get past its door."""
 
