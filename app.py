@@ -2225,7 +2225,8 @@ class Counters:
         if self._fd >= 0:
             os.close(self._fd)
         self._fd, self._path = -1, ""
-        self._numbers = memoryview(bytearray(8 * COUNTED)).cast("Q")
+        empty = bytearray(_COUNTERS_MAGIC.ljust(8 * COUNTED, b"\0"))
+        self._numbers = memoryview(empty).cast("Q")
 
     def count(self, now, failure, nanoseconds=None):
         """Count a scrape, or an announce and the time it took.
@@ -2291,19 +2292,12 @@ class Counters:
                 break
         else:
             raise OSError(errno.EAGAIN, "all files are locked")
-        try:
-            known = _numbers(os.pread(fd, PAGE, 0))
-        except DamagedError as error:
-            known = ()
-            try:
-                _empty_damaged(fd, path, error)
-            except OSError:
-                os.close(fd)
-                raise
-        for place, number in enumerate(known):
-            self._numbers[place] += number
-        self._numbers.cast("B")[:8] = _COUNTERS_MAGIC
         self._fd, self._path = fd, path
+        try:
+            for place, number in enumerate(_numbers(os.pread(fd, PAGE, 0))):
+                self._numbers[place] += number
+        except DamagedError as error:
+            _empty_damaged(fd, path, error)
 
 
 os.register_at_fork(after_in_child=Counters.start_anew)

@@ -138,6 +138,14 @@ def test_a_damaged_file_is_set_aside(tmp_path, caplog, data):
     assert [record.message[-9:] for record in caplog.records] == ["0.damaged"]
 
 
+def test_a_damaged_file_that_cannot_be_kept_is_written_over(tmp_path, caplog):
+    (tmp_path / "0").write_bytes(b"x")
+    (tmp_path / "0.damaged").mkdir()
+    count(bitbreeze.Counters(tmp_path), 3)
+    assert announces(tmp_path) == 3
+    assert len(caplog.records) == 1
+
+
 def test_a_file_cut_or_written_over_is_whole_again(tmp_path):
     counters = bitbreeze.Counters(tmp_path)
     count(counters)
