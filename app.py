@@ -19,13 +19,16 @@ Parsing and replying are pure functions, ``now`` is an argument, and only the ed
     Store        the contract, and peers in locked files
     Torrents     the folder of .torrent files, and what they say
     Access       what is tracked: any torrent, or those on lists
+    Counters     what all processes have counted since ever
+    History      what the tracker held in the last month
     Tracker      announce and scrape over access and store: no sockets, no HTTP
     Door         the WSGI door, where announce and scrape are answered; CGI
     Doctor       what may be wrong with this host, and what to set
     Listing      the torrents that a page or a feed shows, and in which order
     Templates    what pages look like
+    Graph        the history as a picture
     Pages        the front page, the pages of torrents, the doctor's page
-    Feeds        the same for programs: RSS and JSON
+    Feeds        the same for programs: RSS, JSON, Prometheus
     Application  the Flask application, for whatever serves it
     Commands     python app.py
 """
@@ -44,18 +47,20 @@ import struct
 import sys
 import time
 import zlib
+from bisect import bisect_left
 from collections import namedtuple
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from hashlib import blake2b, sha1, sha256
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from operator import add, or_
 from pathlib import Path
 from random import random
 from threading import Lock
 from typing import NamedTuple
 from urllib.parse import quote, unquote_to_bytes
+from weakref import WeakSet
 
 import bencoder
 
@@ -267,11 +272,20 @@ def _check_together(settings):
 
 # -- Errors ---------------------------------------------------------------------------
 
+# The files of Counters know each by its place: new ones go to the end.
+FAILURES = "request", "address", "unregistered", "reading", "full", "key", "internal"
+
 
 class TrackerError(Exception):
     """A request that is refused. Its text is the only one that reaches a client, so it
     names the parameter and says what to do. Anything else raised is a fault of ours:
-    it is logged with its traceback, and the client reads "internal error"."""
+    it is logged with its traceback, and the client reads "internal error".
+
+    ``kind`` is what it is counted as, one of FAILURES."""
+
+    def __init__(self, reason, *, kind="request"):
+        super().__init__(reason)
+        self.kind = kind
 
 
 # -- Values ---------------------------------------------------------------------------
@@ -359,7 +373,8 @@ def client_address(environ, settings):
     except ValueError:
         raise TrackerError(
             f"this tracker cannot see your address, only {remote!r}. Operator: have the"
-            " proxy in front send X-Forwarded-For, and set proxies = 1"
+            " proxy in front send X-Forwarded-For, and set proxies = 1",
+            kind="address",
         ) from None
 
 
@@ -394,7 +409,8 @@ def _told_address(environ, settings):
             raise TrackerError(
                 f"this tracker cannot see your address: {name} has {len(entries)} of"
                 f" {proxies} entries. Operator: set proxies to the number of proxies in"
-                " front that append to it"
+                " front that append to it",
+                kind="address",
             )
         value = entries[-proxies]
     text = value.strip(' \t"')
@@ -405,7 +421,8 @@ def _told_address(environ, settings):
             return address
     raise TrackerError(
         f"this tracker cannot see your address: {name} says {value[:60]!r} where it"
-        " belongs. Operator: look at what the proxy sends, and at the setting proxies"
+        " belongs. Operator: look at what the proxy sends, and at the setting proxies",
+        kind="address",
     )
 
 
@@ -707,8 +724,11 @@ class Store:
         """Return Counts by info_hash, zeros for a swarm that is not known."""
         raise NotImplementedError
 
-    def swarms(self, now):
-        """Yield (info_hash, Counts) of every swarm that has peers or snatches."""
+    def swarms(self, now, first=None):
+        """Yield (info_hash, Counts) of every swarm that has peers or snatches.
+
+        With ``first``, 0 to 255, only of those whose info_hash begins with that byte.
+        """
         raise NotImplementedError
 
     def peers(self, now):
@@ -719,8 +739,16 @@ class Store:
         """Return about when anybody last announced, 0 where that is not known."""
         raise NotImplementedError
 
+    def families(self, now):
+        """Return how many peers have an IPv4 endpoint, and how many an IPv6 one."""
+        raise NotImplementedError
+
     def tidy(self, now):
         """Do a little housekeeping when it is due: nobody else does it."""
+        raise NotImplementedError
+
+    def probe(self):
+        """Raise OSError if peers cannot be kept."""
         raise NotImplementedError
 
 
@@ -736,7 +764,7 @@ OPEN_AT_MOST = 512  # swarm files a process keeps open, of the 1024 it usually m
 
 
 class DamagedError(Exception):
-    """A file is not a whole swarm file of this version."""
+    """A file is not a whole one of this version."""
 
 
 class RetiredError(Exception):
@@ -918,6 +946,11 @@ class Page:
         at4, at6 = _ENDS4 + slot * 6, _ENDS6 + slot * 18
         return _present(self.data[at4 : at4 + 6], self.data[at6 : at6 + 18])
 
+    def families(self):
+        """Return how many peers have an IPv4 endpoint, and how many an IPv6 one."""
+        seen = _SEEN.unpack_from(self.data, _WHOS)[: 2 * self.peers]
+        return self.peers - seen[::2].count(0), self.peers - seen[1::2].count(0)
+
     def columns(self):
         """Return all peers, as the columns of Peers."""
         data, number = self.data, self.peers
@@ -1009,10 +1042,7 @@ class Swarm:
 
     def is_at_path(self):
         """Return whether the file is still the one at its path; it must be locked."""
-        try:
-            return os.path.samestat(os.stat(self.path), os.fstat(self.fd))
-        except FileNotFoundError:
-            return False
+        return _is_at(self.path, self.fd)
 
     def begin(self, now):
         """Read the first page; raise DamagedError or RetiredError if it is no use."""
@@ -1141,6 +1171,12 @@ class Swarm:
         self.loaded.clear()  # that was the whole swarm
         return Peers(*map(b"".join, zip(*found, strict=True)))
 
+    def families(self):
+        """Return how many peers of the swarm have an IPv4 endpoint, and an IPv6 one."""
+        found = [self._page(number).families() for number in range(self.pages)]
+        self.loaded.clear()  # that was the whole swarm
+        return tuple(map(sum, zip(*found, strict=True)))
+
     def is_forgettable(self):
         """Return whether nobody is in the swarm and nothing of it is worth keeping."""
         kept = self.settings.swarm_ttl if self.snatches else 0
@@ -1191,13 +1227,15 @@ class Swarm:
         """
         most = self.settings.max_peers
         if most and self.tally[0] >= most:
-            raise TrackerError(f"this swarm is full: it has {most} peers")
+            raise TrackerError(f"this swarm is full: it has {most} peers", kind="full")
         most = self.settings.max_peers_per_address
         if not most or address[0] == 127 or address == _LOOPBACK6:
             return
         share = most / self.pages
         if page.count_from(address) >= share + 3 * share**0.5 * (self.pages > 1):
-            raise TrackerError(f"your address has {most} peers in this swarm already")
+            raise TrackerError(
+                f"your address has {most} peers in this swarm already", kind="full"
+            )
 
     # Where in the file a peer is
 
@@ -1374,13 +1412,37 @@ class Swarm:
         )
 
     def _pwrite(self, data, at):
-        if os.pwrite(self.fd, data, at) != len(data):
-            raise OSError(errno.ENOSPC, "a swarm file could not be written in full")
+        _write(self.fd, data, at)
 
 
 NOBODY, NOTHING = Peers(b"", b"", b""), Counts(0, 0, 0, 0)
 _ABSENT = Record(b"", 0, 0, 0, 0, _NOWHERE4, _NOWHERE6)
 _LOOPBACK6 = bytes(15) + b"\1"
+
+
+def _open_locked(path, operation):
+    """Return a descriptor of a file, made if need be, that is locked by flock."""
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, operation)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _write(fd, data, at):
+    if os.pwrite(fd, data, at) != len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _is_at(path, fd):
+    """Return whether an open file is still the one at its path."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except FileNotFoundError:
+        return False
 
 
 def _is_seeder(announce):
@@ -1403,7 +1465,9 @@ def _refuse_stranger(record, announce):
     """
     endpoint = record.endpoint4 if len(announce.address) == 4 else record.endpoint6
     if endpoint[:-2] != announce.address:
-        raise TrackerError("peer_id is in use with another key: restart your client")
+        raise TrackerError(
+            "peer_id is in use with another key: restart your client", kind="key"
+        )
 
 
 def _updated(old, announce, now):
@@ -1482,7 +1546,10 @@ class FileStore(Store):
             for info_hash in info_hashes
         }
 
-    def swarms(self, now):
+    def swarms(self, now, first=None):
+        if first is not None:
+            yield from self._walk(first, now)
+            return
         before, found = self._count_swarms(), 0
         for fan in range(256):
             for swarm in self._walk(fan, now):
@@ -1500,6 +1567,23 @@ class FileStore(Store):
     def last_seen(self, info_hash, now):
         return self._visit(info_hash, now, False, Swarm.last_seen) or 0
 
+    def families(self, now):
+        found = [(0, 0)]
+        for fan in range(256):
+            found += [each for _, each in self._walk(fan, now, Swarm.families)]
+        return tuple(map(sum, zip(*found, strict=True)))
+
+    def probe(self):
+        path = f"{self.folder}/probe"  # one, so that kills leave no more behind
+        with suppress(BlockingIOError):  # another process is at it, so locks work
+            fd = _open_locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                _write(fd, bytes(PAGE), 0)
+            finally:
+                with suppress(FileNotFoundError):  # it was opened, then removed
+                    os.unlink(path)
+                os.close(fd)
+
     def tidy(self, now):
         """Look through one of the 256 folders, at most every ten seconds."""
         if abs(now - self._tidied) >= 10:
@@ -1507,8 +1591,11 @@ class FileStore(Store):
             for _ in self._walk(self._next, now):
                 pass
 
-    def _walk(self, fan, now):
-        """Yield (info_hash, Counts) of the swarms in a folder; remove what is over."""
+    def _walk(self, fan, now, work=None):
+        """Yield (info_hash, work(swarm)) of the swarms in a folder.
+
+        Without ``work``, yield Counts, and remove swarms that are over.
+        """
         try:
             names = os.listdir(f"{self.folder}/swarms/{fan:02x}")
         except FileNotFoundError:
@@ -1516,9 +1603,11 @@ class FileStore(Store):
         for name in names:
             if len(name) == 40:
                 info_hash = bytes.fromhex(name)
-                counts = self._visit(info_hash, now, False, self._count_or_remove)
-                if counts:
-                    yield info_hash, counts
+                found = self._visit(
+                    info_hash, now, False, work or self._count_or_remove
+                )
+                if found:
+                    yield info_hash, found
 
     def _count_or_remove(self, swarm):
         if not swarm.is_forgettable():
@@ -1580,7 +1669,8 @@ class FileStore(Store):
         def make(number):
             if 0 < self.settings.max_swarms <= number:
                 raise TrackerError(
-                    f"this tracker is full: it tracks {number} torrents already"
+                    f"this tracker is full: it tracks {number} torrents already",
+                    kind="full",
                 )
             try:
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
@@ -2187,10 +2277,13 @@ class Access:
         is_read = self._is_known() and not self.catalogue.unread
         if not is_read and info_hash not in self.deny.hashes:
             raise TrackerError(
-                "this tracker is still reading its list of torrents: try again soon"
+                "this tracker is still reading its list of torrents: try again soon",
+                kind="reading",
             )
         # Transmission knows these words, and stops asking.
-        raise TrackerError("torrent not registered with this tracker")
+        raise TrackerError(
+            "torrent not registered with this tracker", kind="unregistered"
+        )
 
     def tracks(self, info_hash, now):
         """Return whether a torrent is tracked."""
@@ -2280,15 +2373,324 @@ def open_access(settings, writes=True):
     return Access(settings, Catalogue(HERE / settings.torrents, memo, writes))
 
 
+# -- Counters -------------------------------------------------------------------------
+
+COUNTED = 64  # numbers in a file: those that nothing is counted in yet are zeros
+_COUNTERS_MAGIC = b"cntr\x01\0\0\0"  # with the version of the format
+# Upper bounds of the time that an announce takes, in nanoseconds. A longer one goes
+# into a bucket of its own.
+WITHIN = tuple(
+    round(milliseconds * 1e6) for milliseconds in (0.05, 0.1, 0.2, 0.5, 1, 5, 20, 100)
+)
+_SCRAPES, _NANOSECONDS, _TOOK, _FAILED = 1, 2, 3, 16  # places in a file
+_FAILED_AT = {kind: place for place, kind in enumerate(FAILURES, _FAILED)}
+
+
+class Counted(NamedTuple):
+    """What all processes have counted since ever."""
+
+    scrapes: int  # answered or refused
+    nanoseconds: int  # that all announces took
+    took: tuple  # announces by time: see WITHIN
+    failures: dict  # by FAILURES
+
+
+class Counters:
+    """What is counted, by each process in a file of its own.
+
+    A process takes the first of the files counters/0, counters/1 ... that nobody has
+    locked, goes on from its numbers, and keeps the lock for as long as it lives. So the
+    sum of all files is right however processes come and go. 512 bytes each, numbers in
+    the order of this machine:
+
+        offset  bytes
+             0      8  "cntr", the version of the format, 1, and zeros
+             8      8  scrapes
+            16      8  nanoseconds that all announces took
+            24     72  announces: one number for each of WITHIN, and one for longer ones
+           128     56  failures: one number for each of FAILURES
+           184    328  zeros
+
+    Guarantees: each count is one write of the whole file, so a killed process loses no
+    more than the announce it was at, and a file that was cut short or overwritten is
+    whole again with the next. (A write to mapped memory would take a microsecond less,
+    but kills the process if the file was cut short, or on some file systems when the
+    disk is full.) A damaged file is kept as 0.damaged and logged. While a file cannot
+    be written, its process counts in memory. Whoever removes files takes their numbers
+    away.
+    """
+
+    _all = WeakSet()
+
+    def __init__(self, folder):
+        """Count in ``folder``, which the first count makes."""
+        self.folder, self._fd = str(folder), -1
+        self._start()
+        Counters._all.add(self)
+
+    def _start(self):
+        self._lock, self._looked, self._has_failed = Lock(), None, False
+        self._close()
+
+    @classmethod
+    def start_anew(cls):
+        """Leave file and lock to the parent, in a child that has just been forked."""
+        for counters in cls._all:
+            counters._start()
+
+    def __del__(self):
+        self._close()
+
+    def _close(self):
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self._path = -1, ""
+        empty = bytearray(_COUNTERS_MAGIC.ljust(8 * COUNTED, b"\0"))
+        self._numbers = memoryview(empty).cast("Q")
+
+    def count(self, now, failure, nanoseconds=None):
+        """Count a scrape, or an announce and the time it took.
+
+        ``failure`` is "", or why it was refused: one of FAILURES.
+        """
+        with self._lock:
+            if now != self._looked:
+                self._look(now)
+            numbers = self._numbers
+            if nanoseconds is None:
+                numbers[_SCRAPES] += 1
+            else:
+                numbers[_NANOSECONDS] += nanoseconds
+                numbers[_TOOK + bisect_left(WITHIN, nanoseconds)] += 1
+            if failure:
+                numbers[_FAILED_AT[failure]] += 1
+            try:
+                if os.pwrite(self._fd, numbers, 0) < 8 * COUNTED:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                self._complain(error)
+
+    def total(self, now):
+        """Return Counted, of all processes."""
+        with self._lock:
+            if self._fd >= 0:
+                self._look(now)
+            found = [self._numbers.tolist()]
+            names = os.listdir(self.folder) if os.path.isdir(self.folder) else ()
+            for path in (f"{self.folder}/{name}" for name in names if name.isdecimal()):
+                with suppress(OSError, DamagedError):
+                    if path != self._path:
+                        found.append(_numbers(Path(path).read_bytes()))
+        sums = [sum(column) for column in zip(*found, strict=True)]
+        took = tuple(sums[_TOOK : _TOOK + len(WITHIN) + 1])
+        failures = dict(zip(FAILURES, sums[_FAILED:], strict=False))
+        return Counted(sums[_SCRAPES], sums[_NANOSECONDS], took, failures)
+
+    def _look(self, now):
+        """See, once a second, that there is a file and that it is still in place."""
+        self._looked = now
+        try:
+            if self._fd >= 0 and not _is_at(self._path, self._fd):
+                self._close()
+            if self._fd < 0:
+                self._take_file()
+                self._has_failed = False
+        except OSError as error:
+            self._complain(error)
+
+    def _complain(self, error):
+        if not self._has_failed:
+            log.error("counters are not kept in %s: %s", self.folder, error)
+        self._has_failed = True
+
+    def _take_file(self):
+        """Take a file that nobody has, and add its numbers to ours."""
+        for number in range(1000):
+            path = f"{self.folder}/{number}"
+            with suppress(BlockingIOError):  # another process has it
+                fd = _open_locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+        else:
+            raise OSError(errno.EAGAIN, "all files are locked")
+        self._fd, self._path = fd, path
+        try:
+            for place, number in enumerate(_numbers(os.pread(fd, PAGE, 0))):
+                self._numbers[place] += number
+        except DamagedError as error:
+            _empty_damaged(fd, path, error)
+
+
+os.register_at_fork(after_in_child=Counters.start_anew)
+
+
+def _numbers(data):
+    """Return the numbers in a file of Counters, with 0 for its magic."""
+    if not data:  # a new one
+        return [0] * COUNTED
+    if len(data) != 8 * COUNTED or data[:8] != _COUNTERS_MAGIC:
+        raise DamagedError(f"it is not {8 * COUNTED} bytes of format {_COUNTERS_MAGIC}")
+    numbers = [0, *memoryview(data).cast("Q")[1:]]
+    if max(numbers) >= 2**63:  # one more could be too much for its 8 bytes
+        raise DamagedError("a number in it is too big")
+    return numbers
+
+
+def _empty_damaged(fd, path, error):
+    """Keep a copy of a damaged file, and empty it; it must be locked.
+
+    It is not renamed, as others may have it open, and wait for its lock.
+    """
+    with open(f"{path}.damaged", "wb") as copy:
+        copy.write(os.pread(fd, BIGGEST, 0))
+    os.ftruncate(fd, 0)
+    log.error("%s was damaged: %s. It is kept as %s.damaged", path, error, path)
+
+
+# -- History --------------------------------------------------------------------------
+
+HOUR, MONTH = 3600, 31 * 24  # seconds, hours
+SLICE = 100  # swarms counted in one announce, about a millisecond
+TAKEOVER = 300  # seconds for a process to take a sample before others begin one
+_HISTORY_HEAD = struct.Struct("<5s7xI")
+_HISTORY_MAGIC = b"hist\x01"  # with the version of the format
+
+
+class Sample(NamedTuple):
+    """What the tracker held once in an hour."""
+
+    seeders: int
+    leechers: int
+    swarms: int  # those with at least one peer
+    time: int  # seconds since 1970
+
+
+_SAMPLE = struct.Struct("<IIII")  # the time last: without it, there is no sample
+
+
+class History:
+    """The samples of 31 days, one an hour, in one file of all processes.
+
+    Numbers are little-endian:
+
+        offset  bytes
+             0      5  "hist" and the version of the format, 1
+            12      4  seconds since 1970: when a process last began a sample
+            16  11904  744 times seeders 4, leechers 4, swarms 4, time 4, or zeros
+
+    Each hour since 1970 has its place, modulo 744. So a clock that was wrong spoils the
+    hours it named, no more, and they come again. The requests do it: one begins, under
+    flock, and the announces that its process then gets count on, a slice each. After
+    five minutes others begin, too, and who ends first writes: one write, so that a kill
+    leaves the old sample or the new one. A damaged file is kept as history.damaged.
+    """
+
+    def __init__(self, path):
+        """Keep samples at ``path``, which the first announce makes."""
+        self.path = str(path)
+        self.quiet = 0, 0  # seconds from and until when a step has nothing to do
+        self._lock, self._sums = Lock(), (0, 0, 0)
+        self._walk, self._next = None, 0  # what is left of a folder, and the next one
+        self._stepped, self._has_failed = 0, False
+
+    def samples(self, now):
+        """Return the Samples of the last 31 days, the oldest first."""
+        try:
+            data = Path(self.path).read_bytes()
+        except OSError:
+            return []
+        if data[:5] != _HISTORY_MAGIC:
+            return []
+        end = len(data) - len(data) % _SAMPLE.size
+        found = map(Sample._make, _SAMPLE.iter_unpack(data[_HISTORY_HEAD.size : end]))
+        is_recent = [each for each in found if now - MONTH * HOUR < each.time <= now]
+        return sorted(is_recent, key=lambda sample: sample.time)
+
+    def step(self, swarms, now, enough=SLICE):
+        """Count on for the sample of this hour, if it is for this process to do.
+
+        ``swarms`` is Store.swarms; ``enough`` of them are counted.
+        """
+        if not self._lock.acquire(blocking=False):
+            return  # another thread is at it
+        try:
+            if self._walk or self._begin(now):
+                # Nobody waits behind an announce that comes after quiet seconds.
+                idle = min(max(0, now - self._stepped - 1), 10)
+                self._count(swarms, now, enough + 1000 * idle)
+        except OSError as error:
+            if not self._has_failed:
+                log.error("no history is kept in %s: %s", self.path, error)
+            self._has_failed, self._walk = True, None
+            self.quiet = now, now + TAKEOVER
+        finally:
+            self._stepped = now
+            self._lock.release()
+
+    def _begin(self, now):
+        """Return whether this process is to take a sample."""
+        fd = _open_locked(self.path, fcntl.LOCK_EX)
+        try:
+            head = os.pread(fd, _HISTORY_HEAD.size, 0)
+            if head and not (head[:5] == _HISTORY_MAGIC and len(head) == 16):
+                _empty_damaged(fd, self.path, f"no head of format {_HISTORY_MAGIC}")
+                head = b""
+            known = os.pread(fd, _SAMPLE.size, _place(now)).ljust(_SAMPLE.size, b"\0")
+            begun = _HISTORY_HEAD.unpack(head)[1] if head else 0
+            if _SAMPLE.unpack(known)[3] // HOUR == now // HOUR:
+                self.quiet = now, now - now % HOUR + HOUR
+            elif 0 <= now - begun < TAKEOVER:
+                self.quiet = now, begun + TAKEOVER
+            else:
+                _write(fd, _HISTORY_HEAD.pack(_HISTORY_MAGIC, now), 0)
+                self._sums, self._walk, self._next = (0, 0, 0), iter(()), 0
+                self._stepped = now
+                return True
+            return False
+        finally:
+            os.close(fd)
+
+    def _count(self, swarms, now, enough):
+        """Count so many swarms, or all that are left, and then write the sample."""
+        while enough:
+            found = next(self._walk, None)
+            if found:
+                seeders, leechers, _, _ = found[1]
+                alive = seeders + leechers > 0
+                self._sums = tuple(map(add, self._sums, (seeders, leechers, alive)))
+                enough -= 1
+            elif self._next < 256:
+                self._walk = swarms(now, self._next)
+                self._next += 1
+            else:
+                return self._end(now)
+
+    def _end(self, now):
+        """Write the sample."""
+        fd = _open_locked(self.path, fcntl.LOCK_EX)
+        try:
+            _write(fd, _SAMPLE.pack(*self._sums, now), _place(now))
+        finally:
+            os.close(fd)
+        self._walk = None
+        self.quiet, self._has_failed = (now, now - now % HOUR + HOUR), False
+
+
+def _place(now):
+    """Return where in the file of History the sample of an hour is."""
+    return _HISTORY_HEAD.size + now // HOUR % MONTH * _SAMPLE.size
+
+
 # -- Tracker --------------------------------------------------------------------------
 
 
 class Tracker:
     """Announce and scrape. No sockets, no HTTP; ``now`` is an argument."""
 
-    def __init__(self, settings, access, store):
+    def __init__(self, settings, access, store, counters, history):
         self.settings, self.access, self.store = settings, access, store
+        self.counters, self.history = counters, history
         self._survey, self._survey_until, self._lock = None, (0, 0), Lock()
+        self._families, self._families_until = None, (0, 0)
 
     def announce(self, announce, now):
         """Return (Counts, Peers, seconds to wait); raise TrackerError if refused."""
@@ -2300,6 +2702,9 @@ class Tracker:
         counts, peers = self.store.announce(announce, wanted, now)
         peers = peers_for(announce.address, peers, settings.public_ip)
         self.store.tidy(now)
+        start, end = self.history.quiet
+        if not start <= now < end:
+            self.history.step(self.store.swarms, now)
         # A tenth more or less, so that those who came together do not return together.
         return counts, peers, int(settings.interval * (0.9 + 0.2 * random()))
 
@@ -2351,11 +2756,26 @@ class Tracker:
                 listed[info_hash] = counts
         return Survey(Totals(*sums, alive), listed, known)
 
+    def families(self, now):
+        """Return how many peers have an IPv4 endpoint, and how many an IPv6 one.
+
+        Kept like the totals, as long for ten peers as for a swarm: a swarm of many is
+        read whole.
+        """
+        start, end = self._families_until
+        if not start <= now < end:
+            totals, self._families = self.totals(now), self.store.families(now)
+            peers = totals.seeders + totals.leechers
+            self._families_until = now, now + (totals.swarms + peers // 10) // 500
+        return self._families
+
 
 def open_tracker(settings):
     """Return the Tracker that keeps its peers where ``settings`` say."""
-    store = FileStore(HERE / settings.data, settings)
-    return Tracker(settings, open_access(settings), store)
+    data = HERE / settings.data
+    store, counters = FileStore(data, settings), Counters(data / "counters")
+    history = History(data / "history")
+    return Tracker(settings, open_access(settings), store, counters, history)
 
 
 # -- Door -----------------------------------------------------------------------------
@@ -2386,13 +2806,22 @@ class Door:
 
     def _reply(self, answer, environ):
         """Return the reply to an announce or a scrape, or why there is none."""
+        tracker, failure = self.tracker, ""
+        now, started = int(time.time()), time.perf_counter_ns()
         try:
-            return answer(self.tracker, environ, int(time.time()))
+            return answer(tracker, environ, now)
         except TrackerError as refusal:
-            return failure_reply(str(refusal), self.tracker.settings)
+            failure = refusal.kind
+            return failure_reply(str(refusal), tracker.settings)
         except Exception:
+            failure = "internal"
             log.exception("%s failed", environ["PATH_INFO"])
-            return failure_reply("internal error", self.tracker.settings)
+            return failure_reply("internal error", tracker.settings)
+        finally:
+            took = (
+                time.perf_counter_ns() - started if answer is _answer_announce else None
+            )
+            tracker.counters.count(now, failure, took)
 
 
 def _answer_announce(tracker, environ, now):
@@ -2433,9 +2862,12 @@ if is_cgi and _answer_of(os.environ.get("PATH_INFO", "")):
     # A program that lives for one announce ends here: all that is above takes a third
     # of the time that Flask takes to be imported.
     try:
-        answer_cgi(Door(open_tracker(load_settings()), pages=None))
+        tracker = open_tracker(load_settings())
     except SettingsError as error:
         sys.exit(f"app.py: {error}")  # for the web server's error log
+    answer_cgi(Door(tracker, pages=None))
+    # No other announce will go on counting here.
+    tracker.history.step(tracker.store.swarms, int(time.time()), enough=sys.maxsize)
     sys.exit()
 
 
@@ -3183,11 +3615,14 @@ Its announce URL:</p>
 {% if unread %}<p class="notice">{{ unread }} more torrents are being read.</p>
 {% endif %}
 {% if listed %}{% include "list.html" %}{% endif %}
+{% if graph %}<h2>Last month</h2>
+{{ graph }}{% endif %}
 {% endblock %}
 {% block footer %}
 {% if listed %}<a href="{{ feed }}">Feed</a>
 <a href="{{ root }}torrents.json">The list as JSON</a>{% endif %}
 <a href="{{ root }}stats.json">The numbers as JSON</a>
+<a href="{{ root }}metrics">for Prometheus</a>
 {% endblock %}
 """,
     "list.html": """\
@@ -3330,6 +3765,112 @@ own front end</a>, as <code>python app.py doctor URL</code> does from anywhere.<
 """,
 }
 
+# -- Graph ----------------------------------------------------------------------------
+
+# Both have three times the contrast of black and of white, and differ for all eyes.
+_SEEDERS, _LEECHERS = "#2a7ae2", "#c46a00"
+_HEIGHT = 200  # units from the bottom of the graph to its top; an hour is one across
+
+
+def month_graph(samples, now):
+    """Return Samples as SVG to stand in a page, or "" if there are not two yet.
+
+    It stretches with the page while its text keeps its size, and needs no style. What
+    was not sampled for more than two hours is a gap in the lines.
+    """
+    if len(samples) < 2:
+        return ""
+    seeders = [sample.seeders for sample in samples]
+    leechers = [sample.leechers for sample in samples]
+    half = _rounded(max(*seeders, *leechers))
+    title = "Seeders and leechers in the last 31 days"
+    text = "; ".join(
+        f"{name}: {each[-1]:,} at last, {min(each):,} at least, {max(each):,} at most"
+        for name, each in (("Seeders", seeders), ("Leechers", leechers))
+    )
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" role="img" width="100%" height="240"'
+        ' aria-labelledby="month-title month-text" font-size="13" fill="currentColor">'
+        f'<title id="month-title">{title}</title><desc id="month-text">{text}.</desc>'
+        + _legend(seeders[-1], leechers[-1])
+        + f'<svg y="40" width="100%" height="176" viewBox="0 0 {MONTH} {_HEIGHT}"'
+        ' preserveAspectRatio="none" fill="none" stroke-width="2"'
+        ' stroke-linecap="round" stroke-linejoin="round" overflow="visible">'
+        + _line(samples, seeders, now, 2 * half, _SEEDERS, area=True)
+        + _line(samples, leechers, now, 2 * half, _LEECHERS)
+        + "</svg>"
+        + "".join(_level(y, n) for y, n in ((40, 2 * half), (128, half), (216, 0)))
+        + _days(now)
+        + "</svg>"
+    )
+
+
+def _rounded(most):
+    """Return a round number that is at least half of ``most``."""
+    half = max(1, (most + 1) // 2)
+    unit = max(1, 10 ** (len(str(half)) - 1) // 2)
+    return -(-half // unit) * unit
+
+
+def _legend(seeders, leechers):
+    return "".join(
+        f'<rect x="{x}" y="3" width="12" height="12" rx="2" fill="{colour}"/>'
+        f'<text x="{x}" dx="18" y="14">{name} {number:,}</text>'
+        for x, colour, name, number in (
+            ("0", _SEEDERS, "seeders", seeders),
+            ("50%", _LEECHERS, "leechers", leechers),
+        )
+    )
+
+
+def _line(samples, numbers, now, top, colour, area=False):
+    """Return a line for each time without a gap, with the area below it if asked."""
+    runs, last = [], -MONTH
+    for each, number in zip(samples, numbers, strict=True):
+        hour = MONTH - now // HOUR + each.time // HOUR
+        if hour - last > 2:
+            runs.append([])
+        runs[-1].append((last := hour, _HEIGHT - round(number * _HEIGHT / top)))
+    drawn = ""
+    for run in runs:
+        (x, y), steps = run[0], zip(run, run[1:], strict=False)
+        # A sample alone is drawn as an hour. Relative steps take half of the bytes.
+        path = " ".join(f"{d - b} {e - c}" for (b, c), (d, e) in steps) or "1 0"
+        if area:
+            drawn += (
+                f'<path d="M{x} {_HEIGHT}V{y}l{path}V{_HEIGHT}Z" fill="{colour}"'
+                ' fill-opacity=".2"/>'
+            )
+        drawn += (
+            f'<path d="M{x} {y}l{path}" stroke="{colour}"'
+            ' vector-effect="non-scaling-stroke"/>'
+        )
+    return drawn
+
+
+def _level(y, number):
+    return (
+        f'<line x1="0" x2="100%" y1="{y}" y2="{y}" stroke="currentColor"'
+        f' stroke-opacity=".25"/><text x="2" y="{y - 4}" stroke="Canvas"'
+        f' stroke-width="3" paint-order="stroke">{number:,}</text>'
+    )
+
+
+def _days(now):
+    """Return the dates (UTC) of Mondays, where the days begin."""
+    day, found = 24 * HOUR, ""
+    for midnight in range(now // day * day - 30 * day, now, day):
+        at = 100 - (now - midnight) / (MONTH * HOUR) * 100
+        if time.gmtime(midnight).tm_wday == 0 and 5 < at < 95:
+            date = time.strftime("%-d %b", time.gmtime(midnight))
+            found += (
+                f'<line x1="{at:.1f}%" x2="{at:.1f}%" y1="216" y2="221"'
+                ' stroke="currentColor"/>'
+                f'<text x="{at:.1f}%" y="235" text-anchor="middle">{date}</text>'
+            )
+    return found
+
+
 # -- Pages ----------------------------------------------------------------------------
 
 import base64  # noqa: E402
@@ -3436,6 +3977,7 @@ def front():
         unread=len(tracker.access.catalogue.unread),
         listed=len(listing.rows),
         categories=listing.categories,
+        graph=Markup(month_graph(tracker.history.samples(now), now)),
         feed=asked.link("feed.xml", sort=NEWEST, page=1),
         sorts=SORTS,
         **_page_of(asked.rows(listing), asked),
@@ -3735,6 +4277,77 @@ def torrent_json(info_hash):
 def stats():
     """The numbers of the front page."""
     return current_app.tracker.totals(_now())._asdict(), ANYWHERE
+
+
+@pages.get("/metrics")
+def metrics():
+    """All that is counted, for Prometheus."""
+    tracker, now = current_app.tracker, _now()
+    totals, counted = tracker.totals(now), tracker.counters.total(now)
+    return metrics_text(totals, tracker.families(now), counted), {
+        "Content-Type": "text/plain; version=0.0.4; charset=utf-8",
+        "Cache-Control": "no-store",
+    }
+
+
+METRICS = (
+    # Snatches are no counter: they go with the swarms that are forgotten.
+    ("swarms", "gauge", "Swarms with a peer."),
+    ("seeders", "gauge", "Peers that have all of a torrent."),
+    ("leechers", "gauge", "All other peers."),
+    ("partial_seeds", "gauge", "Leechers that have all they want."),
+    ("snatches", "gauge", "Downloads completed in the swarms that are kept."),
+    ("peers", "gauge", "Peers by family; one of both is in both."),
+    ("announces_total", "counter", "Announces, with those refused."),
+    ("scrapes_total", "counter", "Scrapes, with those refused."),
+    ("failures_total", "counter", "Announces and scrapes refused, by reason."),
+    ("announce_duration_seconds", "histogram", "Time from request to reply."),
+)
+
+
+def metrics_text(totals, families, counted):
+    """Return Totals, peers by family (IPv4, IPv6) and Counted as Prometheus reads them.
+
+    That is its text format, version 0.0.4.
+    """
+    ends = [*(f"{end / 1e9:g}" for end in WITHIN), "+Inf"]
+    took = dict(zip(ends, accumulate(counted.took), strict=True))
+    announces = took["+Inf"]
+    samples = {name: {"": number} for name, number in totals._asdict().items()}
+    samples |= {
+        "peers": _labelled("family", zip(("ipv4", "ipv6"), families, strict=True)),
+        "announces_total": {"": announces},
+        "scrapes_total": {"": counted.scrapes},
+        "failures_total": _labelled("reason", counted.failures.items()),
+        "announce_duration_seconds": {
+            **{f"_bucket{end}": n for end, n in _labelled("le", took.items()).items()},
+            "_sum": f"{counted.nanoseconds / 1e9:.9f}",
+            "_count": announces,
+        },
+    }
+    return "".join(
+        f"# HELP bitbreeze_{name} {sentence}\n# TYPE bitbreeze_{name} {kind}\n"
+        + "".join(
+            f"bitbreeze_{name}{which} {n}\n" for which, n in samples[name].items()
+        )
+        for name, kind, sentence in METRICS
+    )
+
+
+def _labelled(label, numbers):
+    return {f'{{{label}="{value}"}}': number for value, number in numbers}
+
+
+@pages.get("/health")
+def health():
+    """Whether peers can be kept here, for load balancers and monitors."""
+    answer, status = {"status": "ok"}, 200
+    try:
+        current_app.tracker.store.probe()
+    except OSError as error:
+        reason = f"the data folder cannot be written: {error.strerror}"
+        answer, status = {"status": "failing", "reason": reason}, 503
+    return answer, status, {"Cache-Control": "no-store"}
 
 
 # -- Application ----------------------------------------------------------------------

@@ -1,11 +1,21 @@
 """Feeds: the torrents and the numbers for programs."""
 
+import errno
 import json
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from urllib.request import urlopen
 
 import feedparser
 import libtorrent
-from conftest import escape
+import pytest
+from conftest import escape, peer_id
+from prometheus_client.parser import text_string_to_metric_families
+from servers import announce, free_port, gunicorn, poll, serving
 from test_pages import MARKUP, put, site  # noqa: F401
+
+import app as bitbreeze
 
 BASE = "http://tracker.test"
 
@@ -127,3 +137,120 @@ def test_stats_are_the_numbers_of_the_front_page(tracker):
         **{"seeders": 1, "leechers": 1, "partial_seeds": 1, "snatches": 0, "swarms": 1}
     }
     assert headers["Access-Control-Allow-Origin"] == "*"
+
+
+def measured(text):
+    """Return a page of metrics as {(name, labels): number}, without the prefix."""
+    return {
+        (sample.name.removeprefix("bitbreeze_"), *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_metrics(tracker):
+    client = tracker(track="any")
+    client.announce(1, left=0)
+    client.announce(2, event="paused", address="2001:db8::1")
+    client.announce(3, address="192.0.2.3", key="a")
+    client.announce(3, address="2001:db8::3", key="a", port=0)
+    client.announce(4, left=0, event="completed", info_hash=b"i" * 20)
+    client.announce(4, left=0, event="stopped", info_hash=b"i" * 20)
+    client.announce(5, port="x")
+    client.scrape(b"h" * 20)
+    status, headers, body = client.get("/metrics")
+    assert status == "200 OK"
+    assert headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert headers["Cache-Control"] == "no-store"
+    found = measured(body.decode())
+    expected = {
+        **{"swarms": 1, "seeders": 1, "leechers": 2, "partial_seeds": 1},
+        **{"snatches": 1, "announces_total": 7, "scrapes_total": 1},
+        "announce_duration_seconds_count": 7,
+    }
+    assert expected.items() <= {name: n for (name, *_), n in found.items()}.items()
+    assert (found["peers", "ipv4"], found["peers", "ipv6"]) == (2, 2)
+    assert found["failures_total", "request"] == 1
+    assert found["failures_total", "internal"] == 0
+    took = [n for (name, *_), n in found.items() if name.endswith("_bucket")]
+    assert took == sorted(took) and took[-1] == 7
+    assert found["announce_duration_seconds_sum",] > 0
+
+
+def test_metrics_have_types_and_help(tracker):
+    text = tracker().get("/metrics")[2].decode()
+    families = list(text_string_to_metric_families(text))
+    assert {family.name: family.type for family in families} == {
+        f"bitbreeze_{name.removesuffix('_total')}": kind
+        for name, kind, _ in bitbreeze.METRICS
+    }
+    assert all(family.documentation and family.samples for family in families)
+
+
+def test_metrics_of_killed_workers_are_exact(tmp_path):
+    port, environ = free_port(), {"TRACKER_DATA": str(tmp_path)}
+
+    def numbers(server):
+        with urlopen(f"{server.url}/metrics", timeout=20) as response:
+            return measured(response.read().decode())
+
+    def send(server, number):
+        with ThreadPoolExecutor(8) as pool:
+            for peer in range(number):
+                pool.submit(announce, server.url, b"h" * 20, peer_id(peer), 2000)
+
+    with serving(gunicorn(port, 2, 4), port, environ) as server:
+        send(server, 150)
+        assert numbers(server)["announces_total",] == 150
+        old = set(server.workers())
+        for worker in old:
+            os.kill(worker, signal.SIGKILL)
+        poll(lambda: len(set(server.workers()) - old) == 2, 20, "new workers")
+        server.wait_until_ready()
+        assert numbers(server)["announces_total",] == 150
+        send(server, 50)
+        assert numbers(server)["announces_total",] == 200
+        server.signal(signal.SIGKILL)
+    with serving(gunicorn(port, 2, 4), port, environ) as server:
+        assert numbers(server)["announces_total",] == 200
+
+
+def no_locks(*_):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "broken", "reason"),
+    [
+        (os, "pwrite", lambda *_: 1, "No space left on device"),
+        (bitbreeze.fcntl, "flock", no_locks, "No locks available"),
+    ],
+)
+def test_health(tracker, monkeypatch, tmp_path, module, name, broken, reason):
+    client = tracker()
+    assert client.get("/health")[0] == "200 OK"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, broken)
+        status, headers, body = client.get("/health")
+    assert status == "503 SERVICE UNAVAILABLE"
+    assert headers["Cache-Control"] == "no-store"
+    reason = f"the data folder cannot be written: {reason}"
+    assert json.loads(body) == {"status": "failing", "reason": reason}
+    status, headers, body = client.get("/health")
+    assert (status, json.loads(body)) == ("200 OK", {"status": "ok"})
+    assert headers["Cache-Control"] == "no-store"
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_health_with_a_file_in_place_of_the_folder(tracker, tmp_path):
+    (tmp_path / "data").write_bytes(b"")
+    status, _, body = tracker().get("/health")
+    assert status == "503 SERVICE UNAVAILABLE"
+    assert json.loads(body)["reason"].endswith(": File exists")
+
+
+def test_health_of_many_at_once(tracker):
+    client = tracker()
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(client.get, "/health") for _ in range(200)]
+    assert {each.result()[0] for each in asked} == {"200 OK"}

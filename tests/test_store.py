@@ -530,3 +530,15 @@ def test_a_failed_write_leaves_nothing_behind_in_memory(make_store, monkeypatch,
             swarm.announce(1000)
     assert swarm.counts() == (0, peers, 0, 0)
     assert swarm.announce(1000)[0] == (0, peers + 1, 0, 0)
+
+
+def test_peers_by_family_in_a_swarm_of_many_pages(tmp_path, settings):
+    store = bitbreeze.FileStore(tmp_path, settings)
+    for number in range(300):
+        address = b"\x0b\0" + number.to_bytes(2, "big")
+        both = (address, address * 4) if number % 3 == 0 else (address,)
+        for each in both:
+            peer = bitbreeze.Announce(b"h" * 20, peer_id(number), each, 6881, 0, key=1)
+            store.announce(peer, 0, NOW)
+    assert store.families(NOW) == (300, 100)
+    assert store.families(NOW + settings.peer_ttl + 1) == (0, 0)
