@@ -3675,7 +3675,8 @@ Its announce URL:</p>
 </table>
 <nav class="pages" aria-label="Pages">
 {% if previous %}<a href="{{ previous }}" rel="prev">Previous</a>{% endif %}
-<span>{{ found }} torrents, page {{ asked.page }} of {{ last }}</span>
+<span>{{ found }} torrent{{ "s" * (found > 1) }},
+page {{ asked.page }} of {{ last }}</span>
 {% if next %}<a href="{{ next }}" rel="next">Next</a>{% endif %}
 </nav>
 {% endif %}

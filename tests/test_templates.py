@@ -2,13 +2,17 @@
 
 import os
 import shutil
+import time
 
 import libtorrent
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 from servers import announce, free_port, gunicorn, serving
+from test_history import Swarms, run
 from test_pages import DETAILS, MARKUP, put
+
+import app as bitbreeze
 
 # Beside what a container needs: nothing that would ask other hosts for anything.
 OPTIONS = [
@@ -33,6 +37,9 @@ def site(tmp_path_factory):
     environ |= {"TRACKER_OPERATOR_KEY": KEY, "TRACKER_NOTICE": "Back at <noon>"}
     environ = {name: str(value) for name, value in environ.items()}
     with serving(gunicorn(port), port, environ) as server:
+        history = bitbreeze.History(folder / "data/history")
+        for hours in (5, 4, 1):
+            run(history, Swarms(hours), int(time.time()) - hours * 3600)
         made = (folder / "torrents/linux/4.torrent").read_bytes()
         info = libtorrent.torrent_info(libtorrent.bdecode(made))
         info_hash = info.info_hashes().v1.to_bytes()
@@ -103,6 +110,7 @@ PATHS = {
 @pytest.mark.parametrize("width", [320, 1200])
 def test_pages_fit_and_are_accessible(visit, tmp_path, width, scheme):
     visited = visit("/", width=width, scheme=scheme)
+    assert visited.page.get_by_role("img", name="Seeders and leechers").is_visible()
     links = visited.page.locator("td:first-child > a")
     paths = {**PATHS, "wild": links.nth(0).get_attribute("href")}
     paths["torrent"] = links.nth(NAMES.index("plain.iso")).get_attribute("href")
