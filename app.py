@@ -273,7 +273,16 @@ def _check_together(settings):
 # -- Errors ---------------------------------------------------------------------------
 
 # The files of Counters know each by its place: new ones go to the end.
-FAILURES = "request", "address", "unregistered", "reading", "full", "key", "internal"
+FAILURES = (
+    "request",
+    "address",
+    "unregistered",
+    "reading",
+    "full",
+    "key",
+    "internal",
+    "store",
+)
 
 
 class TrackerError(Exception):
@@ -1483,6 +1492,86 @@ def _updated(old, announce, now):
     return known._replace(seen6=now, endpoint6=_endpoint(announce))
 
 
+def _boot_id():
+    """Return 16 bytes that are others whenever the computer starts, or b""."""
+    try:
+        text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+        return bytes.fromhex(text.replace("-", ""))
+    except (OSError, ValueError):
+        return b""  # not on Linux
+
+
+def _uptime():
+    """Return for how many seconds the computer has run, asleep or not."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class EvenClock:
+    """Seconds that go on evenly when the computer's clock is set.
+
+    Set forward by a day, that makes everybody look gone for a day; set back, it keeps
+    those who are gone. So each process compares it with the time since the computer was
+    started, and what all of them make of it is in one file, under flock:
+
+        offset  bytes
+             0      8  "clck", the version of the format, 1, and zeros
+             8     16  what Linux calls this run of the computer
+            24      8  by how many seconds the clock was ahead of those since the start
+            32      8  by how many even seconds are ahead of the clock
+            40      8  an even second of the last minute
+
+    The numbers are signed. When the computer has been started again, even seconds are
+    those of the clock, but never less than they were. Where the computer's start is not
+    told (no Linux), or the file cannot be written, they are those of the clock.
+    """
+
+    _FORM, _MAGIC = struct.Struct("<8s16sqqq"), b"clck\x01\0\0\0"
+    JUMP = 60  # seconds by which clocks may differ for other reasons
+
+    def __init__(self, path, boot_id=None, uptime=None):
+        """Agree at ``path``; ``uptime`` returns the seconds since the start."""
+        self.path, self.ahead = str(path), 0  # even seconds, of the clock
+        self._boot_id = _boot_id() if boot_id is None else boot_id
+        self._uptime = uptime or _uptime
+        self._agreed, self._clock_ahead = None, 0
+
+    def __call__(self, now):
+        """Return the even second for one of the clock."""
+        if self._boot_id:
+            uptime = self._uptime()
+            has_jumped = not -self.JUMP < now - uptime - self._clock_ahead < self.JUMP
+            if has_jumped or not self._agreed or uptime - self._agreed > 60:
+                self._agreed = uptime
+                with suppress(OSError):  # then peers cannot be kept either
+                    self._agree(now, int(now - uptime))
+        return now + self.ahead
+
+    def _agree(self, now, clock_ahead):
+        """See what other processes know, and tell them of a jump."""
+        fd = _open_locked(self.path, fcntl.LOCK_EX)
+        try:
+            was_ahead, ahead = self._from(os.pread(fd, PAGE, 0), now, clock_ahead)
+            known = self._MAGIC, self._boot_id, was_ahead, ahead, now + ahead
+            _write(fd, self._FORM.pack(*known), 0)
+            self.ahead = ahead  # first: other threads are not to see the other alone
+            self._clock_ahead = was_ahead
+        finally:
+            os.close(fd)
+
+    def _from(self, data, now, clock_ahead):
+        """Return how far the clock is ahead of the start, and we of the clock."""
+        if len(data) != self._FORM.size or data[:8] != self._MAGIC:
+            return clock_ahead, 0  # a new file, or no file of ours
+        _, boot_id, was_ahead, ahead, last = self._FORM.unpack(data)
+        if boot_id != self._boot_id:
+            return clock_ahead, max(0, last - now) if last < 2**32 else 0
+        jump = clock_ahead - was_ahead
+        if abs(jump) < self.JUMP:
+            return was_ahead, ahead
+        log.warning("the clock was set by %d seconds; peers are kept as before", jump)
+        return clock_ahead, ahead - jump
+
+
 class FileStore(Store):
     """Peers in one file a swarm, opened and locked for one operation at a time.
 
@@ -1527,13 +1616,17 @@ class FileStore(Store):
     swarms.count holds the number of swarm files, 8 bytes, under a lock of its own.
     """
 
-    def __init__(self, folder, settings):
-        """Keep peers under ``folder``, which the first announce makes."""
+    def __init__(self, folder, settings, even=None):
+        """Keep peers under ``folder``, which the first announce makes.
+
+        ``even`` is an EvenClock, by which peers age.
+        """
         self.folder = str(folder)
         self.settings = settings
         self._tidied, self._next = 0, int(random() * 256)
         self._open = {}  # Swarms by info_hash
         self._opened, self._process = 0, None  # since when, and by whom
+        self.even = even or (lambda now: now)
 
     def announce(self, announce, wanted, now):
         info_hash, is_new = announce.info_hash, announce.event != "stopped"
@@ -1565,7 +1658,8 @@ class FileStore(Store):
                 yield info_hash, found
 
     def last_seen(self, info_hash, now):
-        return self._visit(info_hash, now, False, Swarm.last_seen) or 0
+        seen = self._visit(info_hash, now, False, Swarm.last_seen)
+        return seen - self.even(now) + now if seen else 0
 
     def families(self, now):
         found = [(0, 0)]
@@ -1588,8 +1682,9 @@ class FileStore(Store):
         """Look through one of the 256 folders, at most every ten seconds."""
         if abs(now - self._tidied) >= 10:
             self._tidied, self._next = now, (self._next + 1) % 256
-            for _ in self._walk(self._next, now):
-                pass
+            with suppress(OSError):  # who announces there next will say so
+                for _ in self._walk(self._next, now):
+                    pass
 
     def _walk(self, fan, now, work=None):
         """Yield (info_hash, work(swarm)) of the swarms in a folder.
@@ -1628,7 +1723,7 @@ class FileStore(Store):
         with swarm.lock:
             fcntl.flock(swarm.fd, fcntl.LOCK_EX)
             try:
-                swarm.begin(now)
+                swarm.begin(self.even(now))
                 return work(swarm, *arguments)
             except RetiredError:
                 self._remove(swarm)
@@ -1659,7 +1754,19 @@ class FileStore(Store):
             except FileNotFoundError:
                 if not create:
                     return None
+            except OSError as error:
+                self._close_unused(error)
+                continue
+            try:
                 self._create(path)
+            except OSError as error:
+                self._close_unused(error)
+
+    def _close_unused(self, error):
+        """Close what need not be open; raise ``error`` if it is another than that."""
+        if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._open:
+            raise error
+        self._open = {}
 
     def _create(self, path):
         """Make an empty swarm file; raise TrackerError if there are too many."""
@@ -2773,7 +2880,8 @@ class Tracker:
 def open_tracker(settings):
     """Return the Tracker that keeps its peers where ``settings`` say."""
     data = HERE / settings.data
-    store, counters = FileStore(data, settings), Counters(data / "counters")
+    store = FileStore(data, settings, EvenClock(data / "clock"))
+    counters = Counters(data / "counters")
     history = History(data / "history")
     return Tracker(settings, open_access(settings), store, counters, history)
 
@@ -2783,12 +2891,45 @@ def open_tracker(settings):
 # cost more than the whole announce. Pages go through Flask.
 
 
+DISK_FAILS = "this tracker cannot read or write its data: try again later"
+FAULT = "internal error"
+
+
+class Faults:
+    """Our own faults on their way to the error log: one of a kind, once a minute.
+
+    A full disk or a bug would write as much as all clients together ask.
+    """
+
+    def __init__(self):
+        self._told = {}  # seconds, by kind
+
+    def tell(self, fault, path, now):
+        """Log what was raised while ``path`` was answered, unless it has been."""
+        kind = type(fault), getattr(fault, "errno", None) or _line_of(fault)
+        if 0 <= now - self._told.get(kind, -60) < 60:
+            return
+        self._told[kind] = now
+        if isinstance(fault, OSError):
+            log.error("%s failed, as others may for a minute: %s", path, fault)
+        else:
+            log.error("%s failed, as others may for a minute", path, exc_info=fault)
+
+
+def _line_of(fault):
+    """Return where something was raised."""
+    trace = fault.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    return trace and (trace.tb_frame.f_code, trace.tb_lineno)
+
+
 class Door:
     """The WSGI application that answers announces and scrapes itself."""
 
     def __init__(self, tracker, pages):
         """Hand on to ``pages``, a WSGI application."""
-        self.tracker, self.pages = tracker, pages
+        self.tracker, self.pages, self.faults = tracker, pages, Faults()
 
     def __call__(self, environ, start_response):
         answer = _answer_of(environ.get("PATH_INFO", ""))
@@ -2813,10 +2954,11 @@ class Door:
         except TrackerError as refusal:
             failure = refusal.kind
             return failure_reply(str(refusal), tracker.settings)
-        except Exception:
-            failure = "internal"
-            log.exception("%s failed", environ["PATH_INFO"])
-            return failure_reply("internal error", tracker.settings)
+        except Exception as fault:
+            is_disk = isinstance(fault, OSError)
+            failure = "store" if is_disk else "internal"
+            self.faults.tell(fault, environ["PATH_INFO"], now)
+            return failure_reply(DISK_FAILS if is_disk else FAULT, tracker.settings)
         finally:
             took = (
                 time.perf_counter_ns() - started if answer is _answer_announce else None
@@ -3890,7 +4032,7 @@ from flask import (  # noqa: E402
 from flask.logging import default_handler, has_level_handler  # noqa: E402
 from jinja2 import DictLoader  # noqa: E402
 from markupsafe import Markup  # noqa: E402
-from werkzeug.exceptions import HTTPException  # noqa: E402
+from werkzeug.exceptions import HTTPException, ServiceUnavailable  # noqa: E402
 from werkzeug.http import http_date  # noqa: E402
 from werkzeug.middleware.proxy_fix import ProxyFix  # noqa: E402
 
@@ -4093,6 +4235,13 @@ def error_page(error):
     response = error.get_response()
     response.data = render_template("error.html", error=error)
     return response
+
+
+@pages.app_errorhandler(OSError)
+def disk_page(fault):
+    """A full or broken disk as a page, and in the log."""
+    current_app.wsgi_app.faults.tell(fault, request.path, _now())
+    return error_page(ServiceUnavailable(f"{DISK_FAILS[0].upper()}{DISK_FAILS[1:]}."))
 
 
 _STYLE_HASH = base64.b64encode(sha256(STYLE.encode()).digest()).decode()
@@ -4367,6 +4516,10 @@ class BitBreeze(Flask):
         self.wsgi_app = Door(self.tracker, pages_app)
         self.jinja_loader = DictLoader(TEMPLATES)
         self.register_blueprint(pages)
+
+    def log_exception(self, exc_info):
+        """Log a fault in a page, as often as those at the door."""
+        self.wsgi_app.faults.tell(exc_info[1], request.path, _now())
 
     def listing(self, now):
         """Return the Listing of now; it is made anew when the lists or counts are."""

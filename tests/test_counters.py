@@ -212,7 +212,7 @@ def test_refusals_are_of_a_known_kind():
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "TrackerError"
         for keyword in node.keywords
     }
-    assert kinds and kinds | {"request", "internal"} == set(bitbreeze.FAILURES)
+    assert kinds and kinds | {"request", "internal", "store"} == set(bitbreeze.FAILURES)
 
 
 def test_a_cgi_program_is_counted(tmp_path):

@@ -1,5 +1,6 @@
 """Door: paths, methods and errors, and a process for every request (CGI)."""
 
+import errno
 import logging
 import os
 import subprocess
@@ -90,6 +91,53 @@ def test_our_faults_are_logged_once_and_not_shown(tracker, caplog, monkeypatch):
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
     assert "KeyError: 'secret'" in caplog.text
     assert client.announce(1)[b"incomplete"] == 1
+
+
+@pytest.mark.parametrize("path", ["/announce", "/stats.json"])
+def test_a_fault_that_repeats_is_logged_once_a_minute(
+    tracker, caplog, monkeypatch, path
+):
+    client, now = tracker(), [1_900_000_000]
+    monkeypatch.setattr(bitbreeze.time, "time", lambda: now[0])
+    with monkeypatch.context() as patch:
+        for method in ("announce", "swarms"):
+            patch.setattr(client.app.tracker.store, method, lambda *_: {}["secret"])
+        for logged in (1, 2, 3):
+            for _ in range(30):
+                assert b"secret" not in client.get(path, QUERY)[2]
+                now[0] += 1
+            assert len(caplog.records) == logged
+            now[0] += 30
+        patch.setattr(client.app.tracker.store, "announce", lambda *_: 1 / 0)
+        client.get("/announce", QUERY)
+    assert "ZeroDivisionError" in caplog.text  # another kind is told at once
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EIO])
+def test_without_locks_nobody_is_kept_and_that_is_said(
+    tracker, caplog, monkeypatch, number
+):
+    client = tracker()
+    client.announce(1)
+
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bitbreeze.fcntl, "flock", flock)
+        for peer in range(20):
+            reply = client.announce(peer)
+            assert reply[b"failure reason"] == bitbreeze.DISK_FAILS.encode()
+            assert b"interval" in reply
+        assert client.get("/health")[0] == "503 SERVICE UNAVAILABLE"
+        status, _, body = client.get("/stats.json")
+        assert status == "503 SERVICE UNAVAILABLE"
+        assert b"This tracker cannot read or write its data" in body
+    told = [each.getMessage() for each in caplog.records]
+    assert len([each for each in told if each.startswith("/announce failed")]) == 1
+    assert len(told) <= 3  # the counters and the history have files, too
+    assert client.announce(2)[b"incomplete"] == 2
+    assert client.get("/health")[0] == "200 OK"
 
 
 def cgi(folder, path, query=QUERY, method="GET", **environ):

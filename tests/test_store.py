@@ -542,3 +542,109 @@ def test_peers_by_family_in_a_swarm_of_many_pages(tmp_path, settings):
             store.announce(peer, 0, NOW)
     assert store.families(NOW) == (300, 100)
     assert store.families(NOW + settings.peer_ttl + 1) == (0, 0)
+
+
+HOUR, DAY = 3600, 86400
+BOOT, OTHER_BOOT = b"b" * 16, b"o" * 16
+
+
+class Computer:
+    """A computer whose clock can be set, and processes on it."""
+
+    def __init__(self, folder):
+        self.path, self.boot_id = folder / "clock", BOOT
+        self.up, self.set = 5000, NOW  # seconds since it was started, and the clock
+
+    def process(self):
+        return bitbreeze.EvenClock(self.path, self.boot_id, lambda: self.up)
+
+    def wait(self, seconds):
+        self.up, self.set = self.up + seconds, self.set + seconds
+
+    def start_anew(self, seconds=0):
+        self.wait(seconds)
+        self.up, self.boot_id = 20, OTHER_BOOT
+
+
+@pytest.mark.parametrize("jumps", [(DAY,), (-DAY,), (DAY, -DAY), (-DAY, 3 * DAY, 100)])
+def test_even_seconds_go_on_when_the_clock_is_set(tmp_path, jumps):
+    computer = Computer(tmp_path)
+    old, since = [computer.process(), computer.process()], 0
+    for jump in (0, *jumps, 0):
+        computer.set += jump
+        for clock in (*old, computer.process()):
+            assert clock(computer.set) == NOW + since
+        computer.wait(HOUR)
+        since += HOUR
+        assert old[0](computer.set) == NOW + since
+
+
+def test_small_differences_of_clocks_are_let_be(tmp_path, caplog):
+    computer = Computer(tmp_path)
+    clock = computer.process()
+    for seconds in (0, 20, -20, 59, -59):
+        assert clock(NOW + seconds) == NOW + seconds
+    assert not caplog.records
+    clock(NOW + 61)
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("jump", "off", "after"),
+    [
+        (0, HOUR, HOUR),
+        (0, -DAY, 0),  # the clock was set back meanwhile
+        (DAY, 0, DAY),  # nobody knows any more that the clock was set
+        (-DAY, 0, 0),
+    ],
+)
+def test_even_seconds_never_go_back_when_the_computer_starts(
+    tmp_path, jump, off, after
+):
+    computer = Computer(tmp_path)
+    assert computer.process()(computer.set) == NOW
+    computer.set += jump
+    assert computer.process()(computer.set) == NOW
+    computer.start_anew(off)
+    clock = computer.process()
+    assert clock(computer.set) == NOW + after
+    computer.wait(HOUR)
+    assert clock(computer.set) == NOW + after + HOUR
+    assert computer.process()(computer.set) == NOW + after + HOUR
+
+
+@pytest.mark.parametrize("data", [b"", b"clck", b"clck\x02" + bytes(43), b"?" * 48])
+def test_a_clock_file_of_no_use_is_written_anew(tmp_path, data):
+    computer = Computer(tmp_path)
+    computer.path.write_bytes(data)
+    assert computer.process()(computer.set) == NOW
+    computer.set += DAY
+    assert computer.process()(computer.set) == NOW
+
+
+def test_where_the_start_is_not_told_even_seconds_are_those_of_the_clock(tmp_path):
+    clock = bitbreeze.EvenClock(tmp_path / "clock", b"")
+    for now in (NOW, NOW + DAY, NOW - DAY):
+        assert clock(now) == now
+    assert not (tmp_path / "clock").exists()
+
+
+@pytest.mark.parametrize("jump", [DAY, -DAY])
+def test_a_clock_that_is_set_makes_nobody_look_gone_or_stay(tmp_path, settings, jump):
+    computer = Computer(tmp_path)
+    stores = [
+        bitbreeze.FileStore(tmp_path, settings, computer.process()) for _ in range(2)
+    ]
+    for number in range(50):
+        peer = bitbreeze.Announce(HASH, peer_id(number), b"\x0b\0\0\1", 2000 + number)
+        stores[0].announce(peer, 0, computer.set)
+    computer.set += jump
+    for store in (*stores, bitbreeze.FileStore(tmp_path, settings, computer.process())):
+        assert store.scrape([HASH], computer.set)[HASH].leechers == 50
+        assert store.last_seen(HASH, computer.set) == computer.set
+    computer.wait(settings.peer_ttl)
+    for store in stores:
+        assert store.scrape([HASH], computer.set)[HASH].leechers == 50
+    computer.wait(2)
+    for store in reversed(stores):
+        assert store.scrape([HASH], computer.set)[HASH].leechers == 0
