@@ -767,7 +767,7 @@ CROWDED = 56  # peers in a page from which a newcomer may go to its second page
 FILL = 40  # peers a page, on average: so no page got full in growing to 200,000 peers
 SPARSE = 16  # peers a page, on average, below which pages are given back
 MAGIC = b"swrm\x01"  # with the version of the format
-QUIET, CHANGING, RETIRED = range(3)  # states of a swarm file
+QUIET, CHANGING, RETIRED, CONDEMNED = range(4)  # states of a swarm file
 PARTIAL, SNATCHED = 1, 2  # bits of a peer's state
 OPEN_AT_MOST = 512  # swarm files a process keeps open, of the 1024 it usually may
 
@@ -1077,9 +1077,9 @@ class Swarm:
         info_hash, self.salt, self.pages = head[:3]
         self.snatches, self.recount_at, self.emptied, self.state = head[6:]
         self.tally = head[3:6] if self.pages > 1 else first.counted
-        if self.state == RETIRED:
+        if self.state == RETIRED and not self.tally[0]:
             raise RetiredError
-        if info_hash != self.info_hash or not self.pages or self.state > RETIRED:
+        if info_hash != self.info_hash or not self.pages or self.state > CHANGING:
             raise DamagedError("its head is not that of this swarm")
         peers, leechers, partial_seeds = self.tally
         is_right = partial_seeds <= leechers <= peers <= self.pages * SLOTS
@@ -1192,8 +1192,17 @@ class Swarm:
         return not self.tally[0] and self.now >= self.emptied + kept
 
     def retire(self):
-        """Tell all others who have the file open that it is not to be used any more."""
-        self._pwrite(bytes((RETIRED,)), _HEADS - 1)
+        """Tell all others who have the file open that it is not to be used any more.
+
+        It is a whole page, also of a file that was only just made: if we are killed
+        now, whoever finds the file removes it.
+        """
+        self.state = RETIRED
+        self._write(self.first)
+
+    def condemn(self):
+        """Tell all others who have the file open that it is damaged."""
+        self._pwrite(bytes((CONDEMNED,)), _HEADS - 1)
 
     def _choose(self, *ask):
         """Return up to ``wanted`` Peers, of a random page first; see Page.pick."""
@@ -1351,8 +1360,9 @@ class Swarm:
             while self.pages > 1 and self.tally[0] < self.pages * SPARSE:
                 self._merge()
             self.recount_at = self.now + self.settings.peer_ttl // 16
+            self._write_head()
+            os.ftruncate(self.fd, self.pages * PAGE)
         self.loaded.clear()
-        os.ftruncate(self.fd, self.pages * PAGE)
 
     def _remove_strays(self, page, met):
         """Remove who is in the wrong page, or was ``met``; return whether any was."""
@@ -1601,7 +1611,7 @@ class FileStore(Store):
             60      8  snatches
             68      4  when to recount at the latest, if there are several pages
             72      4  since when nobody is in the swarm, or 0
-            76      1  0 quiet, 1 changing, 2 retired
+            76      1  0 quiet, 1 changing, 2 retired, 3 condemned
 
     Up to 70 peers share one page with the head. Then the file grows a page at a time
     (linear hashing), and a peer is in one of two pages that its hashed peer_id names:
@@ -1641,15 +1651,19 @@ class FileStore(Store):
 
     def swarms(self, now, first=None):
         if first is not None:
-            yield from self._walk(first, now)
+            yield from (found for found in self._walk(first, now) if found[1])
             return
-        before, found = self._count_swarms(), 0
+        before, found, gone = self._count_swarms(), 0, 0
         for fan in range(256):
-            for swarm in self._walk(fan, now):
-                found += 1
-                yield swarm
+            for info_hash, counts in self._walk(fan, now):
+                if counts:
+                    found += 1
+                    yield info_hash, counts
+                else:
+                    gone += 1
         # A kill may have left the number wrong; if nobody used it meanwhile, mend it.
-        self._count_swarms(lambda number: found if number == before else number)
+        left = max(0, before - gone)
+        self._count_swarms(lambda number: found if number == left else number)
 
     def peers(self, now):
         for info_hash, _ in self.swarms(now):
@@ -1664,7 +1678,8 @@ class FileStore(Store):
     def families(self, now):
         found = [(0, 0)]
         for fan in range(256):
-            found += [each for _, each in self._walk(fan, now, Swarm.families)]
+            walk = self._walk(fan, now, Swarm.families)
+            found += [each for _, each in walk if each]
         return tuple(map(sum, zip(*found, strict=True)))
 
     def probe(self):
@@ -1689,20 +1704,17 @@ class FileStore(Store):
     def _walk(self, fan, now, work=None):
         """Yield (info_hash, work(swarm)) of the swarms in a folder.
 
-        Without ``work``, yield Counts, and remove swarms that are over.
+        Without ``work``, yield Counts, and remove swarms that are over: None for those.
         """
         try:
             names = os.listdir(f"{self.folder}/swarms/{fan:02x}")
         except FileNotFoundError:
             return
         for name in names:
-            if len(name) == 40:
+            if len(name) == 40 and _HEX.fullmatch(name):
                 info_hash = bytes.fromhex(name)
-                found = self._visit(
-                    info_hash, now, False, work or self._count_or_remove
-                )
-                if found:
-                    yield info_hash, found
+                work = work or self._count_or_remove
+                yield info_hash, self._visit(info_hash, now, False, work)
 
     def _count_or_remove(self, swarm):
         if not swarm.is_forgettable():
@@ -1801,12 +1813,12 @@ class FileStore(Store):
             return
         aside = f"{self.folder}/damaged/{swarm.info_hash.hex()}"
         os.makedirs(os.path.dirname(aside), 0o700, exist_ok=True)
-        swarm.retire()  # others may have it open, and not see what is wrong with it
+        swarm.condemn()  # others may have it open, and not see what is wrong with it
         os.replace(swarm.path, aside)
-        self._count_swarms(lambda number: number - 1)
         log.error(
             "swarm file %s was damaged: %s. It is kept as %s", swarm.path, error, aside
         )
+        self._count_swarms(lambda number: number - 1)
 
     def _count_swarms(self, change=lambda number: number):
         """Replace the number of swarm files by change(number), locked; return it."""

@@ -1,10 +1,16 @@
 """The store: one contract for every store, a model, and what is special to files."""
 
+import errno
+import fcntl
 import os
 import random
+import shutil
 import struct
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from conftest import NOW, endpoints, make_settings, peer_id
@@ -361,6 +367,10 @@ def swarm_path(store, info_hash=HASH):
     return Path(store.folder, "swarms", name[:2], name)
 
 
+def swarm_files(store):
+    return [path for path in Path(store.folder, "swarms").rglob("*") if path.is_file()]
+
+
 def test_files_are_private(swarm):
     swarm.announce(1)
     assert os.stat(swarm.store.folder).st_mode & 0o777 == 0o700
@@ -441,43 +451,6 @@ def test_number_of_swarms_is_mended(make_store):
     Swarm(store, b"b" * 20).announce(1)
 
 
-class Killed(BaseException):
-    """The process is gone: nothing after it runs, not even an except."""
-
-
-@pytest.mark.parametrize("peers", [69, 70, 119, 500])
-def test_a_kill_between_any_two_writes_loses_nobody(make_store, monkeypatch, peers):
-    """Let the n-th write of an announce be the last, for every n; look at the file."""
-    real = os.pwrite
-    for survived in range(20):
-        swarm = Swarm(make_store(), survived.to_bytes(20, "big"))
-        for peer in range(peers):
-            swarm.announce(peer)
-        left = [survived]
-
-        def dying(fd, data, at, left=left):
-            if not left[0]:
-                raise Killed
-            left[0] -= 1
-            return real(fd, data, at)
-
-        monkeypatch.setattr(os, "pwrite", dying)
-        killed = False
-        try:
-            swarm.announce(peers)
-        except Killed:
-            killed = True
-        monkeypatch.setattr(os, "pwrite", real)
-        after = Swarm(make_store(), swarm.info_hash)
-        found = {*endpoints(after.announce(0, wanted=1000)[1].endpoints4), endpoint(0)}
-        assert found.issuperset(map(endpoint, range(peers)))
-        assert after.counts() == (0, len(found), 0, 0)
-        if not killed:
-            assert len(found) == peers + 1
-            return
-    raise AssertionError("an announce makes 20 writes")
-
-
 @given(st.integers(0, 2**32), st.integers(1, 8))
 @hypothesis_settings(max_examples=60, deadline=None)
 def test_any_flipped_bytes_are_survived(tmp_path_factory, seed, flips):
@@ -515,21 +488,265 @@ def test_a_partial_seed_that_was_not_counted_is_damage(make_store):
     assert swarm.announce(2)[0] == (0, 1, 0, 0)
 
 
-@pytest.mark.parametrize("peers", [5, 100])
-def test_a_failed_write_leaves_nothing_behind_in_memory(make_store, monkeypatch, peers):
-    swarm = Swarm(make_store())
-    for peer in range(peers):
-        swarm.announce(peer)
+# -- Kills and errors, at every call to the system
 
-    def fail(*_):
-        raise OSError("no space left")
 
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "pwrite", fail)
-        with pytest.raises(OSError, match="no space"):
-            swarm.announce(1000)
-    assert swarm.counts() == (0, peers, 0, 0)
-    assert swarm.announce(1000)[0] == (0, peers + 1, 0, 0)
+class Killed(BaseException):
+    """The process is gone: nothing after it runs, not even an except."""
+
+
+CALLS = frozenset(
+    ("open", "pread", "pwrite", "unlink", "replace", "ftruncate", "makedirs")
+    + ("stat", "fstat", "listdir", "flock")
+)
+
+
+class Faulty:
+    """The modules os and fcntl of the store, of which one call does not happen.
+
+    It is the one after ``left`` others. A "kill" lets no later one happen either. An
+    "error" is what a disk may answer, but not to a lock that is given back.
+    """
+
+    path, LOCK_EX, LOCK_UN = os.path, fcntl.LOCK_EX, fcntl.LOCK_UN
+
+    def __init__(self, kind, left, calls=CALLS):
+        self.kind, self.left, self.calls = kind, left, calls
+        self.has_struck = False
+
+    def __getattr__(self, name):
+        real = getattr(fcntl if name == "flock" else os, name)
+        if name not in self.calls:
+            return real
+        return lambda *given, **more: self._call(real, *given, **more)
+
+    def _call(self, real, *given, **more):
+        is_kill = self.kind == "kill"
+        if given[1:] == (fcntl.LOCK_UN,):
+            real(*given)  # the system does, when a process is gone
+            if not is_kill:
+                return None
+        if real is os.listdir and not os.path.exists(given[0]):  # as most are
+            return real(*given)
+        self.left -= 1
+        if self.left == -1 or self.has_struck and is_kill:
+            self.has_struck = True
+            raise Killed if is_kill else OSError(errno.ENOSPC, "no space left")
+        return real(*given, **more)
+
+    def strike(self, act, swarm):
+        """Do something until the fault comes; return whether it came."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bitbreeze, "os", self)
+            patch.setattr(bitbreeze, "fcntl", self)
+            with suppress(Killed, OSError, bitbreeze.TrackerError):
+                act(swarm)
+        return self.has_struck
+
+
+class Case(NamedTuple):
+    """What is there before a fault, what is done, and when one looks afterwards."""
+
+    prepare: Callable  # (Swarm)
+    act: Callable  # (Swarm)
+    now: int = NOW + 100
+    is_damaged: bool = False
+
+
+def crowd(number):
+    """Return what announces so many peers of all kinds, every eighth a bit later."""
+
+    def prepare(swarm):
+        for peer in range(number):
+            event = "paused" if peer % 5 == 1 else ""
+            now = NOW + 100 * (peer % 8 == 0)
+            swarm.announce(peer, now, left=peer % 3, event=event)
+
+    return prepare
+
+
+def torn(number):
+    """Return what leaves a swarm as a kill does after so many writes of a growth."""
+
+    def prepare(swarm):
+        crowd(120)(swarm)
+        Faulty("kill", number, {"pwrite"}).strike(announced(120), swarm)
+        assert swarm_path(swarm.store).read_bytes()[76] == bitbreeze.CHANGING, number
+
+    return prepare
+
+
+def damaged(number, at):
+    """Return what leaves a swarm with something else in its file."""
+
+    def prepare(swarm):
+        crowd(number)(swarm)
+        with open(swarm_path(swarm.store), "r+b") as file:
+            file.seek(at)
+            file.write(b"something else" * 9)
+
+    return prepare
+
+
+def swarms(number):
+    """Return what leaves so many swarms of one peer."""
+
+    def prepare(swarm):
+        for info_hash in (HASH, OTHER)[:number]:
+            Swarm(swarm.store, info_hash).announce(1)
+
+    return prepare
+
+
+def an_empty_file(swarm):
+    """Leave what a kill leaves when a file is made, and nothing written to it yet."""
+    crowd(1)(swarm)
+    os.truncate(swarm_path(swarm.store), 0)
+    Path(swarm.store.folder, "swarms.count").write_bytes(bytes(8))
+
+
+def announced(peer, now=NOW + 100, **fields):
+    return lambda swarm: swarm.announce(peer, now, **fields)
+
+
+def scraped(now):
+    return lambda swarm: swarm.counts(now)
+
+
+def walked(now):
+    return lambda swarm: list(swarm.store.peers(now))
+
+
+def tidied(now):
+    return lambda swarm: [swarm.store.tidy(now + 10 * i) for i in range(512)]
+
+
+def elsewhere(swarm):
+    Swarm(swarm.store, OTHER).announce(1)
+
+
+OTHER, LATER = HASH[::-1], NOW + TTL + 50
+CASES = {
+    "nothing there": Case(swarms(0), announced(0)),
+    "a second swarm": Case(swarms(1), elsewhere),
+    "no room for a third swarm": Case(
+        swarms(2), lambda swarm: Swarm(swarm.store, b"t" * 20).announce(1)
+    ),
+    "a file just made, used": Case(an_empty_file, announced(0)),
+    "a file just made, removed": Case(an_empty_file, walked(NOW)),
+    **{f"newcomer to {n}": Case(crowd(n), announced(n)) for n in (6, 70, 80, 120, 500)},
+    **{
+        f"{what} among {n}": Case(crowd(n), announced(peer, **fields))
+        for n in (6, 500)
+        for what, peer, fields in (
+            ("known", 3, {"left": 0}),
+            ("moved", 3, {"left": 0, "address": ipv4(999)}),
+            ("second endpoint", 3, {"left": 0, "address": ipv6(3)}),
+            ("completed", 1, {"left": 0, "event": "completed"}),
+            ("completed silently", 2, {"left": 0}),
+            ("stopped", 2, {"event": "stopped"}),
+            ("stopped at last", 2, {"left": 0, "event": "stopped"}),
+            ("paused", 2, {"event": "paused"}),
+        )
+    },
+    **{
+        f"{what} when most of {n} have expired": Case(crowd(n), act, LATER)
+        for n in (60, 500)
+        for what, act in (
+            ("newcomer", announced(n, LATER)),
+            ("scrape", scraped(LATER)),
+            ("walk", walked(LATER)),
+        )
+    },
+    **{
+        f"{what} after a kill in growing, {n} writes done": Case(torn(n), act)
+        for n in (2, 3)
+        for what, act in (("scrape", scraped(NOW + 100)), ("newcomer", announced(999)))
+    },
+    "nobody left of many": Case(crowd(500), scraped(LATER + 50), LATER + 50),
+    "walk over the expired": Case(swarms(2), walked(LATER), LATER),
+    "tidy": Case(swarms(2), tidied(LATER), LATER),
+    "damaged": Case(damaged(6, 0), announced(9), is_damaged=True),
+    "damaged, of many": Case(damaged(500, 20), announced(9), is_damaged=True),
+    "damaged in a later page": Case(
+        damaged(500, 3 * 4096), walked(NOW), is_damaged=True
+    ),
+}  # fmt: skip
+
+
+def observed(store, now):
+    """Return who is in which swarm, the sums, and the snatches, as all agree on."""
+    found = {
+        info_hash: sorted(zip(*map(endpoints, peers, (20, 6, 18)), strict=True))
+        for info_hash, peers in store.peers(now)
+    }
+    counts = store.scrape([HASH, OTHER], now)
+    for info_hash, (seeders, leechers, partial_seeds, _) in counts.items():
+        ids = [peer_id for peer_id, *_ in found.setdefault(info_hash, [])]
+        assert len(set(ids)) == len(ids) == seeders + leechers
+        assert 0 <= partial_seeds <= leechers
+    kinds = {info_hash: each[:3] for info_hash, each in counts.items()}
+    return (found, kinds), sum(each.snatches for each in counts.values())
+
+
+def check_number(store):
+    """Fail unless the number of swarm files, after a walk over all, is right."""
+    number = Path(store.folder, "swarms.count").read_bytes()
+    assert int.from_bytes(number, "little") == len(swarm_files(store))
+
+
+def disk_use(store):
+    return sum(path.stat().st_size for path in swarm_files(store))
+
+
+@pytest.mark.parametrize("kind", ["kill", "error"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_fault_at_any_call_loses_nothing(tmp_path, caplog, kind, case):
+    """All is as before or as after; and as after, once the client asks again."""
+
+    def opened(name, prepared="prepared"):
+        if prepared:
+            shutil.copytree(tmp_path / prepared, tmp_path / name)
+        return Swarm(bitbreeze.FileStore(tmp_path / name, make_settings(max_swarms=2)))
+
+    (tmp_path / "prepared").mkdir()
+    case.prepare(opened("prepared", None))
+    before = *observed(opened("before").store, case.now), 0
+    swarm = opened("after")
+    with suppress(bitbreeze.TrackerError):
+        case.act(swarm)
+    after = *observed(swarm.store, case.now), disk_use(swarm.store)
+    for calls in range(1000):
+        caplog.clear()
+        swarm = opened(str(calls))
+        if not Faulty(kind, calls).strike(case.act, swarm):
+            break
+        if kind == "kill":
+            swarm = opened(str(calls), None)
+        check_after_fault(swarm, case, before, after)
+        said = [record.getMessage() for record in caplog.records]
+        assert all("was damaged" in each for each in said)
+        assert case.is_damaged - (kind == "kill") <= len(said) <= case.is_damaged
+        shutil.rmtree(tmp_path / str(calls))
+    assert calls > 3
+
+
+def check_after_fault(swarm, case, before, after):
+    """Fail unless all is as before or as after, and as after once it is done again."""
+    store = swarm.store
+    found, snatches = observed(store, case.now)
+    seen = found, snatches
+    assert seen in (before[:2], after[:2], (before[0], after[1]))
+    check_number(store)
+    with suppress(bitbreeze.TrackerError):
+        case.act(swarm)
+    found, snatches = observed(store, case.now)
+    # A kill between the two writes of a snatch among many makes it count twice.
+    assert found == after[0] and 0 <= snatches - after[1] <= 1
+    check_number(store)
+    assert disk_use(store) == after[2]
+    aside = Path(store.folder, "damaged", HASH.hex())
+    assert aside.exists() == case.is_damaged
 
 
 def test_peers_by_family_in_a_swarm_of_many_pages(tmp_path, settings):

@@ -8,13 +8,25 @@ import http.client
 import os
 import random
 import signal
+import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from threading import Lock
+from threading import Event, Lock
 
 import bencoder
 import pytest
-from servers import announce, announce_path, free_port, gunicorn, poll, scrape, serving
+from servers import (
+    announce,
+    announce_path,
+    free_port,
+    gunicorn,
+    poll,
+    scrape,
+    scrape_path,
+    serving,
+    uwsgi,
+)
 
 SWARMS = [b"swarm number %07d" % number for number in range(50)]
 PEERS = 200  # in each swarm
@@ -38,36 +50,134 @@ def test_counts_are_exact_after_a_storm(tmp_path):
         check_log(server)
 
 
-def test_nothing_acknowledged_is_lost_when_processes_are_killed(tmp_path):
-    port, peers = free_port(), a_crowd()
-    storm = Storm(port, peers)
-    with serving(gunicorn(port, 4, 4), port, settings(tmp_path)) as server:
-        with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(storm.run)
-            for number in range(1, 6):
-                storm.wait_for(number * 1200)
-                kill(server.workers())
-            storm.wait_for(7200)
-            server.signal(signal.SIGKILL)
-            running.result(20)
+# Workers are killed while clients come, stay, complete and go.
+
+SIZES = {bytes((size % 256,)) * 20: size for size in (4, 40, 90, 200, 700)}
+RESTLESS = 32  # clients
+HOSTS = {  # and how many seconds are between two kills: gunicorn's workers start slowly
+    "gunicorn": (lambda port: gunicorn(port, 4, 4), 0.5),
+    "uwsgi": (uwsgi, 0.1),
+}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_nothing_acknowledged_is_lost_when_workers_are_killed(tmp_path, is_long, host):
+    port, seconds = free_port(), 60 if is_long else 4
+    command, pause = HOSTS[host]
+    with serving(command(port), port, settings(tmp_path)) as server:
+        storm = KillStorm(server, pause)
+        with ThreadPoolExecutor(RESTLESS + 1) as pool:
+            running = [pool.submit(storm.run_client, n) for n in range(RESTLESS)]
+            running.append(pool.submit(storm.kill_on))
+            try:
+                for second in range(1, seconds + 1):
+                    poll(lambda s=second: storm.age() >= s, 60, "a second")
+                    for info_hash in SIZES:
+                        storm.check(info_hash)
+            finally:
+                storm.is_over.set()
+                server.signal(signal.SIGKILL)
+                for each in running:
+                    each.result(30)
         check_log(server)
-    assert 7200 <= len(storm.acknowledged) < len(peers)
-    with serving(gunicorn(port, 4, 4), port, settings(tmp_path)) as server:
-        for info_hash in SWARMS:
-            check_what_is_left(server, info_hash, storm)
-        check_log(server)
+    with serving(command(port), port, settings(tmp_path)) as storm.server:
+        for info_hash in SIZES:
+            storm.check(info_hash, at_rest=True)
+        check_log(storm.server)
     assert not (tmp_path / "data" / "damaged").exists()
+    print(f"{host}: {storm.kills} kills, {storm.acknowledged} acknowledged, 0 lost")
+    assert storm.kills >= seconds and storm.acknowledged >= 100 * seconds
 
 
-def check_what_is_left(server, info_hash, storm):
-    """Fail unless all who were acknowledged are there, and counted, and nobody else."""
-    acknowledged = {p.port for p in storm.acknowledged if p.info_hash == info_hash}
-    sent = {p.port for p in storm.sent if p.info_hash == info_hash}
-    stored = sum(counted(server, info_hash))
-    found = handed_out(server, info_hash)
-    assert acknowledged <= found <= sent
-    assert stored == len(found)
-    assert sum(counted(server, info_hash)) == stored + 1  # and the one that asked
+class Restless:
+    """A peer that comes and goes, and what it knows to be recorded of itself."""
+
+    def __init__(self, info_hash, number):
+        self.info_hash, self.port = info_hash, 200 + number * 7
+        self.peer_id = b"-REST-%014d" % number
+        # Whether it is in the swarm, None while it is not told; and how often it asked.
+        self.known = False, 0
+
+    def path(self, rnd):
+        """Return an announce, and whether the peer is in the swarm after it."""
+        left, event = rnd.choice([(0, ""), (1, ""), (0, "completed"), (1, "paused")])
+        event = event if self.known[0] else "started"
+        stays = not self.known[0] or rnd.random() < 0.8
+        more = {"left": left, "event": event if stays else "stopped", "numwant": 20}
+        return announce_path(self.info_hash, self.peer_id, self.port, **more), stays
+
+
+class KillStorm:
+    """Clients that announce on and on, and the one who kills their server's workers."""
+
+    def __init__(self, server, pause):
+        self.server, self.pause, self.is_over = server, pause, Event()
+        self.start, self.kills, self.acknowledged = time.monotonic(), 0, 0
+        swarms = [info_hash for info_hash, size in SIZES.items() for _ in range(size)]
+        self.peers = [Restless(i, number) for number, i in enumerate(swarms)]
+
+    def age(self):
+        """Return how many seconds the storm has lasted."""
+        return time.monotonic() - self.start
+
+    def kill_on(self):
+        """Kill a random worker, or all, again and again."""
+        rnd = random.Random()
+        while not self.is_over.wait(rnd.uniform(0, 2 * self.pause)):
+            workers = self.server.workers()
+            if workers:
+                everyone = rnd.random() < 0.1
+                kill(workers if everyone else [rnd.choice(workers)])
+                self.kills += 1
+
+    def run_client(self, number):
+        """Announce the peers of one client, in any order, until the storm is over."""
+        rnd, mine = random.Random(number), self.peers[number::RESTLESS]
+        while not self.is_over.is_set():
+            peer = rnd.choice(mine)
+            path, stays = peer.path(rnd)
+            peer.known = None, peer.known[1] + 1
+            reply = None
+            while reply is None and not self.is_over.is_set():
+                reply = self.ask(path)
+            if reply is not None:
+                assert b"interval" in reply and b"failure reason" not in reply
+                peer.known = stays, peer.known[1]
+                self.acknowledged += 1
+
+    def ask(self, path):
+        """Return the decoded reply to a request, or None when a kill came between."""
+        try:
+            address = "127.0.0.1", self.server.port
+            with socket.create_connection(address, timeout=20) as connection:
+                connection.sendall(b"GET %s HTTP/1.0\r\n\r\n" % path.encode())
+                with connection.makefile("rb") as file:
+                    head, _, body = file.read().partition(b"\r\n\r\n")
+        except OSError:
+            return None
+        length = b"Content-Length: %d\r\n" % len(body)
+        return bencoder.bdecode(body) if length in head + b"\r\n" else None
+
+    def check(self, info_hash, at_rest=False):
+        """Fail unless all who know to be in a swarm are, and nobody who has left."""
+        here = [peer for peer in self.peers if peer.info_hash == info_hash]
+        before = [peer.known for peer in here]
+        counts = self.insist(scrape_path(info_hash))[b"files"][info_hash]
+        fresh = announce_path(info_hash, FRESH, 60000, left=1, numwant=10000)
+        found = ports_in(self.insist(fresh))
+        pairs = zip(here, before, strict=True)
+        settled = {peer: known[0] for peer, known in pairs if peer.known == known}
+        inside = {p.port for p, is_in in settled.items() if is_in}
+        outside = {p.port for p, is_in in settled.items() if is_in is False}
+        assert inside <= found <= {peer.port for peer in here} - outside
+        counted = counts[b"complete"] + counts[b"incomplete"]
+        assert len(inside) <= counted <= len(here) - len(outside) + 1
+        if at_rest:
+            assert counted == len(found) + 1  # and the one that asked before
+
+    def insist(self, path):
+        """Return the reply to a request that is repeated until there is one."""
+        return poll(lambda: self.ask(path), 30, "a reply")
 
 
 class Peer:
@@ -92,25 +202,19 @@ class Storm:
 
     def __init__(self, port, peers):
         self.port, self.waiting, self.lock = port, list(peers), Lock()
-        self.sent, self.acknowledged, self.refused = set(), set(), []
+        self.acknowledged, self.refused = set(), []
 
     def run(self):
-        """Announce all peers, or as many as there is a server for."""
+        """Announce all peers."""
         with ThreadPoolExecutor(CLIENTS) as pool:
             for client in [pool.submit(self._client) for _ in range(CLIENTS)]:
                 client.result()
-
-    def wait_for(self, number):
-        """Return when so many announces are acknowledged."""
-        poll(lambda: len(self.acknowledged) >= number, 60, f"{number} replies")
 
     def _client(self):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         while peer := self._next():
             try:
                 reply = fetch(connection, peer.path())
-            except ConnectionRefusedError:
-                return  # there is no server any more
             except (OSError, http.client.HTTPException):
                 connection.close()  # the next request opens it anew
                 self.waiting.append(peer)
@@ -122,9 +226,7 @@ class Storm:
         with self.lock:
             if not self.waiting:
                 return None
-            peer = self.waiting.pop()
-            self.sent.add(peer)
-            return peer
+            return self.waiting.pop()
 
     def _note(self, peer, reply):
         with self.lock:
@@ -142,7 +244,7 @@ def a_crowd():
 
 
 def settings(folder):
-    return {"TRACKER_DATA": str(folder / "data"), "TRACKER_MAX_NUMWANT": "1000"}
+    return {"TRACKER_DATA": str(folder / "data"), "TRACKER_MAX_NUMWANT": "10000"}
 
 
 def fetch(connection, path):
@@ -158,8 +260,13 @@ def counted(server, info_hash):
 
 
 def handed_out(server, info_hash):
-    """Return the ports that a new leecher is told, each of which has to come once."""
-    reply = announce(server.url, info_hash, FRESH, 60000, left=1, numwant=1000)
+    """Return the ports that a new leecher is told."""
+    more = {"left": 1, "numwant": 1000}
+    return ports_in(announce(server.url, info_hash, FRESH, 60000, **more))
+
+
+def ports_in(reply):
+    """Return the ports in a reply, each of which has to come once."""
     peers = reply[b"peers"]
     endpoints = [peers[at : at + 6] for at in range(0, len(peers), 6)]
     assert {endpoint[:4] for endpoint in endpoints} == {bytes((127, 0, 0, 1))}
