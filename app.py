@@ -39,6 +39,7 @@ import json
 import logging
 import os
 import re
+import selectors
 import socket
 import struct
 import sys
@@ -3819,6 +3820,7 @@ def serve(host, port, workers):
         "--limit-request-line", "8190",  # Transmission scrapes in up to 4,300 bytes
         # Ctrl-C reaches the workers twice, and one in ten of gunicorn 27's then hangs.
         "--graceful-timeout", "5",
+        "--config", os.path.abspath(__file__),  # for post_worker_init
         "--no-control-socket", "--log-level", "warning",
     ])  # fmt: skip
 
@@ -3834,6 +3836,124 @@ def _listen(host, port):
         listener = socket.create_server((host, port), family=family)
     listener.set_inheritable(True)
     return listener
+
+
+def post_worker_init(worker):
+    """Have a worker wait for no client; gunicorn -c app.py calls this.
+
+    Its threads would wait for the rest of half a request: a few slow clients, and it
+    serves nobody else.
+    """
+    kinds = ("SyncWorker", "ThreadWorker")
+    if type(worker).__name__ in kinds and not worker.cfg.is_ssl:
+        worker.cfg.set("keepalive", 0)  # or it waits for a next request, and for bodies
+        worker.sockets = [
+            each if each.family == socket.AF_UNIX else Vestibule(each)
+            for each in worker.sockets
+        ]
+        worker.wait_fds[:-1] = worker.sockets
+
+
+HEAD_AT_MOST = 32768  # bytes of a request up to its body
+WAITING_AT_MOST = 256  # clients that a worker waits for
+
+
+class Guest(socket.socket):
+    """A client's connection, as the vestibule hands it to gunicorn."""
+
+    def shutdown(self, how):
+        """Raise OSError, or gunicorn waits two seconds for the client to hang up."""
+        super().shutdown(how)
+        raise OSError(errno.ENOTCONN, "nobody waits for the client's end")
+
+
+class Vestibule:
+    """A listening socket for gunicorn, from which come requests and no mere clients.
+
+    Clients stay in here until the head of a request is there. When they are too many,
+    the one that has waited longest has to go: an honest one takes but a moment.
+    """
+
+    def __init__(self, listener):
+        """Accept from ``listener``, one of gunicorn's sockets."""
+        self.listener = listener
+        self.waiting = {}  # (address, bytes seen) by socket, the oldest first
+        self.events = selectors.DefaultSelector()
+        self.events.register(listener, selectors.EVENT_READ)
+        if hasattr(socket, "TCP_DEFER_ACCEPT"):  # Linux: most come with their request
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
+
+    def __getattr__(self, name):
+        return getattr(self.listener, name)
+
+    def fileno(self):
+        """Return what is readable when there is something to do in here."""
+        return self.events.fileno()
+
+    def accept(self):
+        """Return (socket, address) of a client whose request can be read."""
+        for key, _ in self.events.select(0):
+            client, seen = key.fileobj, 0
+            if client is self.listener:
+                client, address = self._next()
+            elif client in self.waiting:
+                address, seen = self.waiting[client]
+            else:
+                continue  # it had to go a moment ago
+            data = _peek(client)
+            if data is None:
+                self._keep(client, address, 0)
+            elif b"\r\n\r\n" in data or len(data) <= seen:  # or it has hung up
+                self._release(client)
+                return client, address
+            elif len(data) == HEAD_AT_MOST:
+                self._refuse(client, b"HTTP/1.1 431 Too Long\r\n\r\n")
+            else:
+                self._keep(client, address, len(data))
+        raise BlockingIOError(errno.EAGAIN, "no request is here yet")
+
+    def close(self):
+        """Close the listening socket, and the connections of all who wait."""
+        for client in list(self.waiting):
+            self._refuse(client)
+        self.events.close()
+        self.listener.close()
+
+    def _next(self):
+        client, address = self.listener.accept()
+        client = Guest(client.family, client.type, client.proto, client.detach())
+        client.setblocking(False)
+        return client, address
+
+    def _keep(self, client, address, seen):
+        """Wait for more than was seen of a request."""
+        if client not in self.waiting:
+            if len(self.waiting) >= WAITING_AT_MOST:
+                self._refuse(next(iter(self.waiting)))
+            self.events.register(client, selectors.EVENT_READ)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, seen + 1)
+        self.waiting[client] = address, seen
+
+    def _release(self, client):
+        if self.waiting.pop(client, None):
+            self.events.unregister(client)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+
+    def _refuse(self, client, answer=b""):
+        self._release(client)
+        with suppress(OSError):
+            client.send(answer)
+        client.close()
+
+
+def _peek(client):
+    """Return what a client has said, b"" if it has hung up, or None."""
+    try:
+        return client.recv(HEAD_AT_MOST, socket.MSG_PEEK)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
 
 
 def _greeting(host, port, tracker):
