@@ -730,6 +730,7 @@ SLOTS = 70  # peers in a page: as many as fit
 CROWDED = 56  # peers in a page from which a newcomer may go to its second page
 FILL = 40  # peers a page, on average: so no page got full in growing to 200,000 peers
 SPARSE = 16  # peers a page, on average, below which pages are given back
+SAMPLE = 16  # pages, at the most, in which the peers of an address are counted
 MAGIC = b"swrm\x01"  # with the version of the format
 QUIET, CHANGING, RETIRED = range(3)  # states of a swarm file
 PARTIAL, SNATCHED = 1, 2  # bits of a peer's state
@@ -1187,8 +1188,8 @@ class Swarm:
     def _refuse_excess(self, page, address):
         """Raise TrackerError if the swarm, or an address in it, has too many peers.
 
-        In a swarm of several pages those of an address are estimated from one page: the
-        salted hash spreads them evenly, and three standard deviations are let pass.
+        In a swarm of many pages those of an address are estimated from some of them:
+        the salted hash spreads them evenly, and three standard deviations may pass.
         """
         most = self.settings.max_peers
         if most and self.tally[0] >= most:
@@ -1197,7 +1198,15 @@ class Swarm:
         if not most or address[0] == 127 or address == _LOOPBACK6:
             return
         share = most / self.pages
-        if page.count_from(address) >= share + 3 * share**0.5 * (self.pages > 1):
+        if share > SAMPLE and page.count_from(address) < share / 3:
+            return
+        # Always the same ones: else who asks often enough meets a sample that is low.
+        start = zlib.crc32(address[:8]) * self.pages >> 32
+        looked = min(self.pages, SAMPLE)
+        pages = [self._page((start + i) % self.pages) for i in range(looked)]
+        share *= looked
+        allowed = share if looked == self.pages else share + 3 * share**0.5
+        if sum(page.count_from(address) for page in pages) >= allowed:
             raise TrackerError(f"your address has {most} peers in this swarm already")
 
     # Where in the file a peer is
