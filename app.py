@@ -796,7 +796,7 @@ class Page:
             data
         )
         if magic != MAGIC or stored != number:
-            raise DamagedError(f"page {number} does not begin as one of format {MAGIC}")
+            raise DamagedError(f"page {number} does not begin with {MAGIC!r}")
         if not partial_seeds <= leechers <= peers <= SLOTS:
             raise DamagedError(f"page {number} counts its peers wrong")
         self.number, self.data, self.oldest = number, data, oldest
@@ -2875,8 +2875,8 @@ def _announce_thrice(base):
     swarm, who = os.urandom(20), b"-BBDOCT-" + os.urandom(11).hex().encode()[:11]
 
     def announce(port, headers=None, event="started"):
-        parameters = {"info_hash": swarm, "peer_id": who + b"%d" % (port % 10)}
-        parameters |= {"port": port, "left": 1, "event": event, "compact": 1}
+        peer = {"peer_id": who + b"%d" % (port % 10), "port": port, "left": 1}
+        parameters = {"info_hash": swarm, **peer, "event": event, "compact": 1}
         query = urlencode(parameters)
         response, body, own = _get(f"{base}/announce?{query}", headers)
         reply = _decoded(response, body)

@@ -124,6 +124,10 @@ def test_stats_are_the_numbers_of_the_front_page(tracker):
     client.announce(2, event="paused")
     _, headers, body = client.get("/stats.json")
     assert json.loads(body) == {
-        **{"seeders": 1, "leechers": 1, "partial_seeds": 1, "snatches": 0, "swarms": 1}
+        "seeders": 1,
+        "leechers": 1,
+        "partial_seeds": 1,
+        "snatches": 0,
+        "swarms": 1,
     }
     assert headers["Access-Control-Allow-Origin"] == "*"
