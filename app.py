@@ -42,6 +42,7 @@ import json
 import logging
 import os
 import re
+import selectors
 import socket
 import struct
 import sys
@@ -766,6 +767,7 @@ SLOTS = 70  # peers in a page: as many as fit
 CROWDED = 56  # peers in a page from which a newcomer may go to its second page
 FILL = 40  # peers a page, on average: so no page got full in growing to 200,000 peers
 SPARSE = 16  # peers a page, on average, below which pages are given back
+SAMPLE = 16  # pages, at the most, in which the peers of an address are counted
 MAGIC = b"swrm\x01"  # with the version of the format
 QUIET, CHANGING, RETIRED, CONDEMNED = range(4)  # states of a swarm file
 PARTIAL, SNATCHED = 1, 2  # bits of a peer's state
@@ -831,7 +833,7 @@ class Page:
             data
         )
         if magic != MAGIC or stored != number:
-            raise DamagedError(f"page {number} does not begin as one of format {MAGIC}")
+            raise DamagedError(f"page {number} does not begin with {MAGIC!r}")
         if not partial_seeds <= leechers <= peers <= SLOTS:
             raise DamagedError(f"page {number} counts its peers wrong")
         self.number, self.data, self.oldest = number, data, oldest
@@ -1240,8 +1242,8 @@ class Swarm:
     def _refuse_excess(self, page, address):
         """Raise TrackerError if the swarm, or an address in it, has too many peers.
 
-        In a swarm of several pages those of an address are estimated from one page: the
-        salted hash spreads them evenly, and three standard deviations are let pass.
+        In a swarm of many pages those of an address are estimated from some of them:
+        the salted hash spreads them evenly, and three standard deviations may pass.
         """
         most = self.settings.max_peers
         if most and self.tally[0] >= most:
@@ -1250,7 +1252,15 @@ class Swarm:
         if not most or address[0] == 127 or address == _LOOPBACK6:
             return
         share = most / self.pages
-        if page.count_from(address) >= share + 3 * share**0.5 * (self.pages > 1):
+        if share > SAMPLE and page.count_from(address) < share / 3:
+            return
+        # Always the same ones: else who asks often enough meets a sample that is low.
+        start = zlib.crc32(address[:8]) * self.pages >> 32
+        looked = min(self.pages, SAMPLE)
+        pages = [self._page((start + i) % self.pages) for i in range(looked)]
+        share *= looked
+        allowed = share if looked == self.pages else share + 3 * share**0.5
+        if sum(page.count_from(address) for page in pages) >= allowed:
             raise TrackerError(
                 f"your address has {most} peers in this swarm already", kind="full"
             )
@@ -2647,7 +2657,9 @@ def _numbers(data):
     if not data:  # a new one
         return [0] * COUNTED
     if len(data) != 8 * COUNTED or data[:8] != _COUNTERS_MAGIC:
-        raise DamagedError(f"it is not {8 * COUNTED} bytes of format {_COUNTERS_MAGIC}")
+        raise DamagedError(
+            f"it is not {8 * COUNTED} bytes of format {_COUNTERS_MAGIC!r}"
+        )
     numbers = [0, *memoryview(data).cast("Q")[1:]]
     if max(numbers) >= 2**63:  # one more could be too much for its 8 bytes
         raise DamagedError("a number in it is too big")
@@ -2751,7 +2763,7 @@ class History:
         try:
             head = os.pread(fd, _HISTORY_HEAD.size, 0)
             if head and not (head[:5] == _HISTORY_MAGIC and len(head) == 16):
-                _empty_damaged(fd, self.path, f"no head of format {_HISTORY_MAGIC}")
+                _empty_damaged(fd, self.path, f"no head of format {_HISTORY_MAGIC!r}")
                 head = b""
             known = os.pread(fd, _SAMPLE.size, _place(now)).ljust(_SAMPLE.size, b"\0")
             begun = _HISTORY_HEAD.unpack(head)[1] if head else 0
@@ -3451,8 +3463,8 @@ def _announce_thrice(base):
     swarm, who = os.urandom(20), b"-BBDOCT-" + os.urandom(11).hex().encode()[:11]
 
     def announce(port, headers=None, event="started"):
-        parameters = {"info_hash": swarm, "peer_id": who + b"%d" % (port % 10)}
-        parameters |= {"port": port, "left": 1, "event": event, "compact": 1}
+        peer = {"peer_id": who + b"%d" % (port % 10), "port": port, "left": 1}
+        parameters = {"info_hash": swarm, **peer, "event": event, "compact": 1}
         query = urlencode(parameters)
         response, body, own = _get(f"{base}/announce?{query}", headers)
         reply = _decoded(response, body)
@@ -4598,6 +4610,7 @@ def serve(host, port, workers):
         "--limit-request-line", "8190",  # Transmission scrapes in up to 4,300 bytes
         # Ctrl-C reaches the workers twice, and one in ten of gunicorn 27's then hangs.
         "--graceful-timeout", "5",
+        "--config", os.path.abspath(__file__),  # for post_worker_init
         "--no-control-socket", "--log-level", "warning",
     ])  # fmt: skip
 
@@ -4613,6 +4626,124 @@ def _listen(host, port):
         listener = socket.create_server((host, port), family=family)
     listener.set_inheritable(True)
     return listener
+
+
+def post_worker_init(worker):
+    """Have a worker wait for no client; gunicorn -c app.py calls this.
+
+    Its threads would wait for the rest of half a request: a few slow clients, and it
+    serves nobody else.
+    """
+    kinds = ("SyncWorker", "ThreadWorker")
+    if type(worker).__name__ in kinds and not worker.cfg.is_ssl:
+        worker.cfg.set("keepalive", 0)  # or it waits for a next request, and for bodies
+        worker.sockets = [
+            each if each.family == socket.AF_UNIX else Vestibule(each)
+            for each in worker.sockets
+        ]
+        worker.wait_fds[:-1] = worker.sockets
+
+
+HEAD_AT_MOST = 32768  # bytes of a request up to its body
+WAITING_AT_MOST = 256  # clients that a worker waits for
+
+
+class Guest(socket.socket):
+    """A client's connection, as the vestibule hands it to gunicorn."""
+
+    def shutdown(self, how):
+        """Raise OSError, or gunicorn waits two seconds for the client to hang up."""
+        super().shutdown(how)
+        raise OSError(errno.ENOTCONN, "nobody waits for the client's end")
+
+
+class Vestibule:
+    """A listening socket for gunicorn, from which come requests and no mere clients.
+
+    Clients stay in here until the head of a request is there. When they are too many,
+    the one that has waited longest has to go: an honest one takes but a moment.
+    """
+
+    def __init__(self, listener):
+        """Accept from ``listener``, one of gunicorn's sockets."""
+        self.listener = listener
+        self.waiting = {}  # (address, bytes seen) by socket, the oldest first
+        self.events = selectors.DefaultSelector()
+        self.events.register(listener, selectors.EVENT_READ)
+        if hasattr(socket, "TCP_DEFER_ACCEPT"):  # Linux: most come with their request
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
+
+    def __getattr__(self, name):
+        return getattr(self.listener, name)
+
+    def fileno(self):
+        """Return what is readable when there is something to do in here."""
+        return self.events.fileno()
+
+    def accept(self):
+        """Return (socket, address) of a client whose request can be read."""
+        for key, _ in self.events.select(0):
+            client, seen = key.fileobj, 0
+            if client is self.listener:
+                client, address = self._next()
+            elif client in self.waiting:
+                address, seen = self.waiting[client]
+            else:
+                continue  # it had to go a moment ago
+            data = _peek(client)
+            if data is None:
+                self._keep(client, address, 0)
+            elif b"\r\n\r\n" in data or len(data) <= seen:  # or it has hung up
+                self._release(client)
+                return client, address
+            elif len(data) == HEAD_AT_MOST:
+                self._refuse(client, b"HTTP/1.1 431 Too Long\r\n\r\n")
+            else:
+                self._keep(client, address, len(data))
+        raise BlockingIOError(errno.EAGAIN, "no request is here yet")
+
+    def close(self):
+        """Close the listening socket, and the connections of all who wait."""
+        for client in list(self.waiting):
+            self._refuse(client)
+        self.events.close()
+        self.listener.close()
+
+    def _next(self):
+        client, address = self.listener.accept()
+        client = Guest(client.family, client.type, client.proto, client.detach())
+        client.setblocking(False)
+        return client, address
+
+    def _keep(self, client, address, seen):
+        """Wait for more than was seen of a request."""
+        if client not in self.waiting:
+            if len(self.waiting) >= WAITING_AT_MOST:
+                self._refuse(next(iter(self.waiting)))
+            self.events.register(client, selectors.EVENT_READ)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, seen + 1)
+        self.waiting[client] = address, seen
+
+    def _release(self, client):
+        if self.waiting.pop(client, None):
+            self.events.unregister(client)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+
+    def _refuse(self, client, answer=b""):
+        self._release(client)
+        with suppress(OSError):
+            client.send(answer)
+        client.close()
+
+
+def _peek(client):
+    """Return what a client has said, b"" if it has hung up, or None."""
+    try:
+        return client.recv(HEAD_AT_MOST, socket.MSG_PEEK)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
 
 
 def _greeting(host, port, tracker):

@@ -148,7 +148,7 @@ class Site:
     def remove(self):
         for server in self.servers:
             server.output.close()
-        shutil.rmtree(self.home)
+        shutil.rmtree(self.home, ignore_errors=True)  # Passenger removes some, too
 
 
 # -- Python environments --------------------------------------------------------------

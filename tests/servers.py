@@ -164,9 +164,14 @@ def cgi(folder):
     """Announce to app.py as a CGI program."""
     query = f"info_hash={'h' * 20}&peer_id={'p' * 20}&port=6881"
     environ = {
-        **{"GATEWAY_INTERFACE": "CGI/1.1", "REQUEST_METHOD": "GET"},
-        **{"PATH_INFO": "/announce", "QUERY_STRING": query},
-        **{"REMOTE_ADDR": "192.0.2.1", "TRACKER_DATA": str(folder)},
-        **{"SERVER_NAME": "x", "SERVER_PORT": "80", "SERVER_PROTOCOL": "HTTP/1.1"},
+        "GATEWAY_INTERFACE": "CGI/1.1",
+        "REQUEST_METHOD": "GET",
+        "PATH_INFO": "/announce",
+        "QUERY_STRING": query,
+        "REMOTE_ADDR": "192.0.2.1",
+        "TRACKER_DATA": str(folder),
+        "SERVER_NAME": "x",
+        "SERVER_PORT": "80",
+        "SERVER_PROTOCOL": "HTTP/1.1",
     }
     subprocess.run([sys.executable, ROOT / "app.py"], env=environ, check=True)

@@ -7,8 +7,10 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, suppress
 from urllib.request import urlopen
 
+import psutil
 import pytest
 from servers import (
     ROOT,
@@ -102,6 +104,52 @@ def test_app_listens_where_it_is_told(tmp_path):
                 socket.create_connection(("::1", port))
 
 
+@pytest.mark.parametrize(
+    ("said", "number", "answer"),
+    [
+        (b"GET /announce?info_hash=", 600, b""),  # more than a worker waits for
+        (b"GET /stats.json HTTP/1.1\r\n\r\n", 50, b"HTTP/1.1 200"),
+        (b"GET /announce?x=" + b"y" * 50_000, 50, b"HTTP/1.1 431"),
+    ],
+)
+def test_one_worker_withstands_many_who_do_not_go(tmp_path, said, number, answer):
+    port = free_port()
+    command = [*APP, "--host", "127.0.0.1", "--port", port, "--workers", 1]
+    with ExitStack() as opened:
+        server = opened.enter_context(serving(command, port, data(tmp_path)))
+        others = []
+        for _ in range(number):
+            other = socket.create_connection(("127.0.0.1", port), timeout=10)
+            others.append(opened.enter_context(other))
+            with suppress(OSError):  # it need not be listened to the end
+                other.sendall(said)
+        started = time.monotonic()
+        check_answers(server)
+        assert time.monotonic() - started < 5
+        with suppress(ConnectionResetError):
+            assert others[0].recv(12) == answer
+        [worker] = map(psutil.Process, server.workers())
+        assert worker.num_fds() < 300 + 2 * len(HASHES)
+        assert worker.cpu_percent(0.5) < 50  # nor does it turn round and round
+        assert "Traceback" not in server.log()
+
+
+def test_a_request_may_come_byte_by_byte_or_never(tmp_path):
+    port = free_port()
+    command = [*APP, "--host", "127.0.0.1", "--port", port, "--workers", 1]
+    with serving(command, port, data(tmp_path)) as server:
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for byte in b"GET /stats.json HTTP/1.1\r\nHost: a\r\n\r\n":
+                client.send(bytes((byte,)))
+            assert client.recv(12) == b"HTTP/1.1 200"
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+            client.sendall(b"GET /announce")
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(1) == b""
+        check_answers(server)
+
+
 def test_help_names_the_commands_and_options():
     assert "serve" in run("--help").stdout
     ended = run("serve", "--help")
@@ -145,7 +193,7 @@ def test_bad_options(options, tmp_path):
 def test_uwsgi_serves_on_6969_unless_told_otherwise():
     settings = [line.strip() for line in (ROOT / "wsgi.ini").read_text().splitlines()]
     assert "port = 6969" in settings
-    assert "http-socket = %(host):%(port)" in settings
+    assert "http = %(host):%(port)" in settings
 
 
 def check_answers(server):

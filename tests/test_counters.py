@@ -200,7 +200,10 @@ def test_the_door_counts_answers_and_refusals(tracker, monkeypatch, caplog):
     found = client.app.tracker.counters.total(NOW)
     assert (sum(found.took), found.scrapes, found.nanoseconds > 0) == (5, 2, True)
     assert {kind: number for kind, number in found.failures.items() if number} == {
-        **{"full": 1, "address": 1, "request": 2, "internal": 1}
+        "full": 1,
+        "address": 1,
+        "request": 2,
+        "internal": 1,
     }
 
 

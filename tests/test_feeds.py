@@ -134,7 +134,11 @@ def test_stats_are_the_numbers_of_the_front_page(tracker):
     client.announce(2, event="paused")
     _, headers, body = client.get("/stats.json")
     assert json.loads(body) == {
-        **{"seeders": 1, "leechers": 1, "partial_seeds": 1, "snatches": 0, "swarms": 1}
+        "seeders": 1,
+        "leechers": 1,
+        "partial_seeds": 1,
+        "snatches": 0,
+        "swarms": 1,
     }
     assert headers["Access-Control-Allow-Origin"] == "*"
 
@@ -164,8 +168,13 @@ def test_metrics(tracker):
     assert headers["Cache-Control"] == "no-store"
     found = measured(body.decode())
     expected = {
-        **{"swarms": 1, "seeders": 1, "leechers": 2, "partial_seeds": 1},
-        **{"snatches": 1, "announces_total": 7, "scrapes_total": 1},
+        "swarms": 1,
+        "seeders": 1,
+        "leechers": 2,
+        "partial_seeds": 1,
+        "snatches": 1,
+        "announces_total": 7,
+        "scrapes_total": 1,
         "announce_duration_seconds_count": 7,
     }
     assert expected.items() <= {name: n for (name, *_), n in found.items()}.items()

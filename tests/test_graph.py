@@ -53,7 +53,7 @@ def test_graph_ends_at_a_round_number(most, top):
 
 def test_a_gap_is_a_gap():
     at = {20, 19, 18, 17, 9, 8, 6, 5, 1}  # one hour that is missing is none
-    text = drawn({ago: (10, 5) for ago in at})
+    text = drawn(dict.fromkeys(at, (10, 5)))
     lines = re.findall(r'd="M(\d+) (\d+)l([-\d ]+)" stroke', text)
     assert lines == [
         *(

@@ -8,9 +8,11 @@ import multiprocessing
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import cycle, islice
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import urlopen
@@ -118,17 +120,53 @@ def check_crowd(site):
         assert counts == [(each, each)] * len(CROWDED)
 
 
+def slow_clients(site):
+    """Fifty who say half of a request, and no more, hold up nobody."""
+    stalls(site, STALLS.values())
+
+
+def stalls(site, beginnings):
+    """Announce while others stall who began so; fail if clients would not wait."""
+    with ExitStack() as opened:
+        for url in site.urls:
+            for beginning in islice(cycle(beginnings), STALLED):
+                opened.enter_context(raw(url, at(url, beginning)))
+        for number in range(4):
+            answers_within(site, 10, number)
+
+
+def answers_within(site, seconds, number=0):
+    """Announce a peer to each server, and fail unless each replies in time."""
+    for url in site.urls:
+        query = announce_path(b"honest".ljust(20, b"\xfe"), peer_id(number), 7001)
+        with urlopen(url + query, timeout=seconds) as response:
+            assert b"peers" in bencoder.bdecode(response.read())
+
+
 def restarts(site):
     """The peers are there after a stop and a start."""
     with site.serving():
         check_crowd(site)
 
 
+STALLED = 50
+HEAD = b" HTTP/1.1\r\nHost: localhost\r\n"
+LOOK = b"GET PATH/scrape" + HEAD
+STALLS = {  # what clients say before they fall silent
+    "nothing": b"",
+    "half a line": b"GET PATH/announce?info_hash=",
+    "half a head": b"GET PATH/announce" + HEAD + b"X-",
+    "half a body": b"POST PATH/" + HEAD + b"Content-Length: 99\r\n\r\nx",
+    "half of the next": LOOK + b"\r\nGET /",
+    "no farewell": LOOK + b"Connection: close\r\n\r\n",
+}
+
 CHECKS = {
     "announce": announces,
     "dual stack": dual_stack,
     "60-hash scrape": scrapes_60,
     "concurrent processes": concurrent_processes,
+    "slow clients": slow_clients,
     "restart keeps peers": restarts,
 }
 
@@ -138,6 +176,66 @@ def test_readme_has_these_hosts_and_checks():
     assert table[0].strip("| ").split(" | ") == [*CHECKS]
     ticks = {re.match(r"\| (.*?) \|", row)[1]: row.count("✓") for row in table[2:]}
     assert ticks == {name: len(CHECKS) for name in HOSTS}
+
+
+# -- Abuse ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_slow_clients_of_every_kind(name, subtests, is_long):
+    if not is_long:
+        pytest.skip("test_host has some of every kind")
+    with site_of(name) as site, site.serving():
+        for said, beginning in STALLS.items():
+            with subtests.test(said):
+                stalls(site, [beginning])
+
+
+HASH = b"broken".ljust(20, b"\xfe")
+LINE = b"GET PATH" + announce_path(HASH, b"-HOST01-000000000001", 7001).encode()
+LONG = b"X: " + b"y" * 8000 + b"\r\n"
+# What is sent, and what the answer begins with where there has to be one.
+BROKEN = {
+    "HTTP/1.0": (LINE + b" HTTP/1.0\r\n\r\n", b"HTTP/1."),
+    "a body": (LINE + HEAD + b"Content-Length: 4\r\n\r\nbody", b"HTTP/1."),
+    "two at once": ((LINE + HEAD + b"\r\n") * 2, b"HTTP/1.1 200"),
+    "HTTP/0.9": (LINE + b"\r\n", b""),
+    "a long line": (LINE + b"&x=" + b"y" * 100_000 + HEAD + b"\r\n", b""),
+    "long headers": (LINE + HEAD + LONG * 20 + b"\r\n", b""),
+    "many headers": (LINE + HEAD + b"X: y\r\n" * 5000 + b"\r\n", b""),
+    "bytes of anything": (bytes(range(255, -1, -1)) * 20, b""),
+    "TLS": (b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03" + bytes(500), b""),
+    "NUL": (b"GET PATH/announce?info_hash=\0\0\0" + HEAD + b"\r\n", b""),
+    "no method": (b"\r\n\r\n\r\n", b""),
+    "no chunk": (
+        b"POST PATH/" + HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_broken_requests_break_nothing(name, subtests):
+    with site_of(name) as site, site.serving():
+        for said, (request, beginning) in BROKEN.items():
+            with subtests.test(said):
+                with raw(site.urls[0], at(site.urls[0], request)) as connection:
+                    if beginning:
+                        assert connection.recv(16).startswith(beginning)
+                answers_within(site, 5)
+
+
+def raw(url, data):
+    """Return a connection on which just this was said."""
+    parts = urlsplit(url)
+    connection = socket.create_connection((parts.hostname, parts.port), timeout=5)
+    with suppress(OSError):  # it may be refused before it is all said
+        connection.sendall(data)
+    return connection
+
+
+def at(url, request):
+    return request.replace(b"PATH", urlsplit(url).path.encode())
 
 
 # -- Addresses ------------------------------------------------------------------------

@@ -37,7 +37,10 @@ def test_scrape(tracker):
     client.announce(3, left=0, event="completed")
     files = client.scrape(HASH, OTHER)[b"files"]
     assert files[HASH] == {
-        **{b"complete": 2, b"downloaded": 1, b"downloaders": 0, b"incomplete": 1}
+        b"complete": 2,
+        b"downloaded": 1,
+        b"downloaders": 0,
+        b"incomplete": 1,
     }
     assert files[OTHER] == {b"complete": 0, b"downloaded": 0, b"incomplete": 0}
 
