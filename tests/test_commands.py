@@ -109,6 +109,7 @@ def test_app_listens_where_it_is_told(tmp_path):
     [
         (b"GET /announce?info_hash=", 600, b""),  # more than a worker waits for
         (b"GET /stats.json HTTP/1.1\r\n\r\n", 50, b"HTTP/1.1 200"),
+        (b"GET /stats.json HTTP/1.1\r\n\r\nGET /", 50, b"HTTP/1.1 200"),
         (b"GET /announce?x=" + b"y" * 50_000, 50, b"HTTP/1.1 431"),
     ],
 )
