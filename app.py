@@ -776,6 +776,10 @@ class DamagedError(Exception):
     """A file is not a whole one of this version."""
 
 
+class NewerError(Exception):
+    """A file is of a version that is newer than this one's."""
+
+
 class RetiredError(Exception):
     """A swarm file was dropped while its lock was waited for."""
 
@@ -1054,7 +1058,7 @@ class Swarm:
         return _is_at(self.path, self.fd)
 
     def begin(self, now):
-        """Read the first page; raise DamagedError or RetiredError if it is no use."""
+        """Read the first page; raise DamagedError, NewerError or RetiredError."""
         self.now, self.loaded = now, {}
         data = os.pread(self.fd, PAGE, 0)
         is_known = self.first and data[:_HEADS] == self.first.data[:_HEADS]
@@ -1072,6 +1076,8 @@ class Swarm:
     def _read_first(self, data):
         """Take in the first page, of 4096 bytes, or none in a new file."""
         self.first = None
+        if _is_newer(data, MAGIC):
+            raise NewerError
         first = Page(0, data) if data else self._new_first()
         head = _SWARM_HEAD.unpack_from(first.data, _PAGE_HEAD.size)
         info_hash, self.salt, self.pages = head[:3]
@@ -1464,6 +1470,11 @@ def _is_at(path, fd):
         return False
 
 
+def _is_newer(data, magic):
+    """Return whether a file begins as one of a newer version: a name, then a byte."""
+    return data[:4] == magic[:4] and data[4:5] > magic[4:5]
+
+
 def _is_seeder(announce):
     return announce.left == 0 or (
         announce.left is None and announce.event == "completed"
@@ -1623,6 +1634,13 @@ class FileStore(Store):
     starts afresh. Limits: the file system must have flock; a power cut may lose the
     last seconds, as nothing waits for the disk; seconds are good until 2106.
 
+    Versions: the first page has that of the whole file. A newer one is left alone: its
+    swarm is refused until those who wrote it are back. The next version is to read this
+    one with the classes of today, kept beside its own, when it has locked a swarm. It
+    writes that to abcd....new, puts its version and "moved" into the old file, after
+    which this version leaves it alone, too, and renames the new one over it. Whoever
+    finds one that has moved, but is still in place, renames.
+
     swarms.count holds the number of swarm files, 8 bytes, under a lock of its own.
     """
 
@@ -1637,6 +1655,7 @@ class FileStore(Store):
         self._open = {}  # Swarms by info_hash
         self._opened, self._process = 0, None  # since when, and by whom
         self.even = even or (lambda now: now)
+        self.newer = None  # path of the first file that was met of a newer version
 
     def announce(self, announce, wanted, now):
         info_hash, is_new = announce.info_hash, announce.event != "stopped"
@@ -1725,7 +1744,8 @@ class FileStore(Store):
     def _visit(self, info_hash, now, create, work, *arguments):
         """Return what ``work(swarm, *arguments)`` does with a swarm locked.
 
-        Return None if there is no such swarm, unless it is to be created.
+        Return None if there is no such swarm, unless it is to be created, or none that
+        this version can read: raise TrackerError if it is to be created.
         """
         if not 0 <= now - self._opened < 10 or self._process != os.getpid():
             self._open, self._opened, self._process = {}, now, os.getpid()
@@ -1741,6 +1761,8 @@ class FileStore(Store):
                 self._remove(swarm)
             except DamagedError as error:
                 self._set_aside(swarm, error)
+            except NewerError:
+                return self._leave_alone(swarm, create)
             except BaseException:
                 swarm.first = None  # it may differ now from what is in the file
                 raise
@@ -1819,6 +1841,24 @@ class FileStore(Store):
             "swarm file %s was damaged: %s. It is kept as %s", swarm.path, error, aside
         )
         self._count_swarms(lambda number: number - 1)
+
+    def _leave_alone(self, swarm, create):
+        """Log, once, that a file is of a newer version; raise TrackerError or not."""
+        self._open.pop(swarm.info_hash, None)
+        if not self.newer:
+            self.newer = swarm.path
+            log.error(
+                "swarm file %s was written by a newer BitBreeze. It is left alone, with"
+                " others like it, and their swarms are refused: upgrade this one, or"
+                " export there and import here",
+                swarm.path,
+            )
+        if create:
+            raise TrackerError(
+                "a newer version of this tracker keeps this swarm. Operator: upgrade"
+                " this one",
+                kind="internal",
+            )
 
     def _count_swarms(self, change=lambda number: number):
         """Replace the number of swarm files by change(number), locked; return it."""
@@ -2054,7 +2094,9 @@ class Catalogue:
 
     Every process looks for itself what is there. What a file says is read once for
     all of them, and kept in data/torrents.json: {path: [signature, *Torrent]}, or
-    [signature, reason] for one that is skipped. It may be removed at any time.
+    [signature, reason] for one that is skipped, below "1", the version of that format.
+    It may be removed at any time. What newer versions keep there stays as it is, so
+    that two versions can run side by side; what older ones keep is dropped.
 
     What vanishes, or cannot be read any more, still counts as it did until the folder
     has been quiet for a while: whoever replaces a file may be in the middle of it.
@@ -2071,6 +2113,7 @@ class Catalogue:
         self._fading = {}  # since when they are missed, by path
         self._unsettled = {}  # signatures, and since when they are seen, by path
         self._memo, self._memo_signature, self._news = {}, None, {}
+        self._newer = {}  # what newer versions keep in the memo, by version
         self._scanned, self._remembered = None, 0
         self.version = 0  # another whenever the torrents are others
 
@@ -2239,7 +2282,8 @@ class Catalogue:
             signature = at.st_mtime_ns, at.st_ino
             if signature != self._memo_signature:
                 with open(self._memo_path, encoding="utf-8") as file:
-                    self._memo = _checked_memo(json.load(file))
+                    memo = json.load(file)
+                self._memo, self._newer = _checked_memo(memo), _newer_memos(memo)
                 self._memo_signature = signature
 
     def _remember(self):
@@ -2253,7 +2297,7 @@ class Catalogue:
                 known = {p: m for p, m in self._memo.items() if p in self._found}
                 news = {p: m for p, m in news.items() if known.get(p) != m}
                 with open(f"{self._memo_path}.new", "w", encoding="utf-8") as file:
-                    file.write(json.dumps({"1": {**known, **news}}))
+                    file.write(json.dumps({"1": {**known, **news}, **self._newer}))
                 os.replace(f"{self._memo_path}.new", self._memo_path)
         except OSError as error:
             log.warning("what is in %s is not kept: %s", self.folder, error)
@@ -2271,6 +2315,12 @@ def _checked_memo(memo):
     return {
         p: m for p, m in known.items() if isinstance(m, list) and len(m) in (2, width)
     }
+
+
+def _newer_memos(memo):
+    """Return what versions after this one keep in a memo."""
+    memo = memo if isinstance(memo, dict) else {}
+    return {v: m for v, m in memo.items() if v.isdecimal() and int(v[:9]) > 1}
 
 
 def _changed_at(folder):
@@ -2628,7 +2678,9 @@ class Counters:
             path = f"{self.folder}/{number}"
             with suppress(BlockingIOError):  # another process has it
                 fd = _open_locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                if not _is_newer(os.pread(fd, 8, 0), _COUNTERS_MAGIC):
+                    break
+                os.close(fd)
         else:
             raise OSError(errno.EAGAIN, "all files are locked")
         self._fd, self._path = fd, path
@@ -2700,7 +2752,8 @@ class History:
     hours it named, no more, and they come again. The requests do it: one begins, under
     flock, and the announces that its process then gets count on, a slice each. After
     five minutes others begin, too, and who ends first writes: one write, so that a kill
-    leaves the old sample or the new one. A damaged file is kept as history.damaged.
+    leaves the old sample or the new one. A damaged file is kept as history.damaged; one
+    of a newer version is left alone, and no history is kept.
     """
 
     def __init__(self, path):
@@ -2736,7 +2789,7 @@ class History:
                 # Nobody waits behind an announce that comes after quiet seconds.
                 idle = min(max(0, now - self._stepped - 1), 10)
                 self._count(swarms, now, enough + 1000 * idle)
-        except OSError as error:
+        except (OSError, NewerError) as error:
             if not self._has_failed:
                 log.error("no history is kept in %s: %s", self.path, error)
             self._has_failed, self._walk = True, None
@@ -2749,12 +2802,8 @@ class History:
         """Return whether this process is to take a sample."""
         fd = _open_locked(self.path, fcntl.LOCK_EX)
         try:
-            head = os.pread(fd, _HISTORY_HEAD.size, 0)
-            if head and not (head[:5] == _HISTORY_MAGIC and len(head) == 16):
-                _empty_damaged(fd, self.path, f"no head of format {_HISTORY_MAGIC}")
-                head = b""
+            begun = self._begun(fd)
             known = os.pread(fd, _SAMPLE.size, _place(now)).ljust(_SAMPLE.size, b"\0")
-            begun = _HISTORY_HEAD.unpack(head)[1] if head else 0
             if _SAMPLE.unpack(known)[3] // HOUR == now // HOUR:
                 self.quiet = now, now - now % HOUR + HOUR
             elif 0 <= now - begun < TAKEOVER:
@@ -2767,6 +2816,16 @@ class History:
             return False
         finally:
             os.close(fd)
+
+    def _begun(self, fd):
+        """Return when a process last began a sample, 0 for never."""
+        head = os.pread(fd, _HISTORY_HEAD.size, 0)
+        if _is_newer(head, _HISTORY_MAGIC):
+            raise NewerError("a newer BitBreeze wrote it")
+        if head and not (head[:5] == _HISTORY_MAGIC and len(head) == 16):
+            _empty_damaged(fd, self.path, f"no head of format {_HISTORY_MAGIC}")
+            head = b""
+        return _HISTORY_HEAD.unpack(head)[1] if head else 0
 
     def _count(self, swarms, now, enough):
         """Count so many swarms, or all that are left, and then write the sample."""
@@ -3167,7 +3226,7 @@ def _examine_clock(now, written):
 
 
 def _examine_peers(tracker, now):
-    """See where a thousand peers come from."""
+    """See where a thousand peers come from, and whether they can be read."""
     ids, addresses = set(), []
     for _, peers in tracker.store.peers(now):
         ids.update(_cut(peers.ids, 20))
@@ -3175,6 +3234,13 @@ def _examine_peers(tracker, now):
         addresses += [end[:-2] for end in _cut(peers.endpoints6, 18) if any(end)]
         if len(ids) > 1000:
             break
+    if tracker.store.newer:
+        yield Finding(
+            FAILURE,
+            f"{tracker.store.newer} was written by a newer BitBreeze, others may be,"
+            " too. Their swarms are refused. Upgrade this one, or run app.py export"
+            " there and app.py import here.",
+        )
     seen = set(addresses)
     if len(ids) > 4 and len(seen) == 1:
         yield Finding(

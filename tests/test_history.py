@@ -1,6 +1,7 @@
 """History: a sample an hour, whoever takes it, and a month of them."""
 
 import errno
+import os
 import time
 
 import pytest
@@ -95,7 +96,7 @@ def test_a_clock_that_jumps_neither_floods_nor_stops_it(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("data", [b"hist", b"hist\x02" + bytes(11920), b"?" * 3000])
+@pytest.mark.parametrize("data", [b"hist", b"hist\0" + bytes(11920), b"?" * 3000])
 def test_a_damaged_history_is_set_aside(tmp_path, caplog, data):
     (tmp_path / "history").write_bytes(data)
     history = bitbreeze.History(tmp_path / "history")
@@ -105,6 +106,20 @@ def test_a_damaged_history_is_set_aside(tmp_path, caplog, data):
     assert times(history, NOON + HOUR) == [NOON, NOON + HOUR]
     assert (tmp_path / "history.damaged").read_bytes() == data
     assert len(caplog.records) == 1
+
+
+def test_a_history_of_a_newer_version_is_left_alone(tmp_path, caplog):
+    data = b"hist\x02" + bytes(11920)
+    (tmp_path / "history").write_bytes(data)
+    history = bitbreeze.History(tmp_path / "history")
+    for hour in range(3):
+        run(history, Swarms(1), NOON + hour * HOUR)
+    assert history.samples(NOON + 3 * HOUR) == []
+    assert (tmp_path / "history").read_bytes() == data
+    assert os.listdir(tmp_path) == ["history"]
+    assert [record.message[-26:] for record in caplog.records] == [
+        "a newer BitBreeze wrote it"
+    ]
 
 
 def test_a_torn_sample_is_none(tmp_path):

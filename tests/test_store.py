@@ -400,7 +400,8 @@ DAMAGES = {
     "cut in a later page": lambda data: data[:-1],
     "random": lambda data: random.Random(1).randbytes(len(data)),
     "random in a later page": lambda data: data[:8192] + os.urandom(9000),
-    "another version": lambda data: data[:4] + b"\2" + data[5:],
+    "an older version": lambda data: data[:4] + b"\0" + data[5:],
+    "another version in a later page": lambda data: data[:8196] + b"\2" + data[8197:],
     "of another swarm": lambda data: data[:16] + b"x" * 20 + data[36:],
     "something else": lambda data: b"<html>" * 1000,
 }  # fmt: skip
@@ -428,6 +429,69 @@ def test_damaged_files_are_set_aside(make_store, caplog, damage, is_open):
     assert len(caplog.records) == 1
     assert "was damaged" in caplog.text
     assert Path(swarm.store.folder, "damaged", HASH.hex()).exists()
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_files_of_a_newer_version_are_left_alone(make_store, caplog, is_open):
+    swarm = Swarm(make_store())
+    for info_hash in (HASH, b"n" * 20):
+        Swarm(swarm.store, info_hash).announce(1)
+    paths = [swarm_path(swarm.store, each) for each in (HASH, b"n" * 20)]
+    Swarm(swarm.store, b"o" * 20).announce(1)
+    for path in paths:
+        with open(path, "r+b") as file:
+            file.write(b"swrm\x02")
+    kept = [path.read_bytes() for path in paths]
+    swarm = swarm if is_open else Swarm(make_store())
+    for info_hash in (HASH, HASH, b"n" * 20):
+        with pytest.raises(bitbreeze.TrackerError, match="Operator: upgrade this one"):
+            Swarm(swarm.store, info_hash).announce(1, NOW + 1)
+    assert swarm.announce(1, NOW + 1, event="stopped")[0] == (0, 0, 0, 0)
+    assert swarm.counts(NOW + 10**8) == (0, 0, 0, 0)
+    assert dict(swarm.store.swarms(NOW)) == {b"o" * 20: (0, 1, 0, 0)}
+    swarm.store.tidy(NOW + 10**8)
+    assert [path.read_bytes() for path in paths] == kept
+    assert not Path(swarm.store.folder, "damaged").exists()
+    assert [record.message[: 11 + len(str(paths[0]))] for record in caplog.records] == [
+        f"swarm file {paths[0]}"
+    ]
+    assert "was written by a newer BitBreeze" in caplog.text
+    for path in paths:  # the operator has gone back, or the other has converted it
+        with open(path, "r+b") as file:
+            file.write(b"swrm\x01")
+    assert swarm.announce(1, NOW + 2)[0] == (0, 1, 0, 0)
+
+
+def first_page(info_hash, number):
+    """Return a swarm file of format 1 as FileStore describes it, but for its code.
+
+    In it are so many seeders, each with a key and an endpoint of both families.
+    """
+    head = struct.pack("<4sBBBBII", b"swrm", 1, number, 0, 0, 0, NOW)
+    head += info_hash + b"saltsalt" + struct.pack("<IIII", 1, number, 0, 0)
+    head += struct.pack("<QIIB", 77, 0, 0, 0)
+    whos, ends4, ends6 = b"", b"", b""
+    for peer in range(number):
+        whos += peer_id(peer) + struct.pack("<IBII", 5, 2, NOW, NOW)
+        ends4 += endpoint(peer)
+        ends6 += ipv6(peer) + endpoint(peer)[4:]
+    page = head.ljust(106, b"\0") + whos.ljust(2310, b"\0")
+    return page + ends4.ljust(420, b"\0") + ends6.ljust(1260, b"\0")
+
+
+def test_files_of_format_1_are_read(make_store):
+    """Whatever comes after it: this file is what trackers have on their disks."""
+    swarm = Swarm(make_store())
+    path = swarm_path(swarm.store)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(first_page(HASH, 3))
+    assert swarm.counts() == (3, 0, 0, 77)
+    _, peers = swarm.announce(9, address=ipv6(9))
+    found = endpoints(peers.endpoints6, 18)
+    assert sorted(found) == [ipv6(peer) + endpoint(peer)[4:] for peer in range(3)]
+    with pytest.raises(bitbreeze.TrackerError, match="another key"):
+        swarm.announce(1, key=6, address=ipv4(99))
+    assert swarm.announce(1, left=0, event="completed")[0].snatches == 77
 
 
 def test_emptied_file_is_a_new_swarm(swarm, caplog):
