@@ -744,6 +744,24 @@ class Store:
         """Yield (info_hash, Peers) of every swarm, with all the peers that are kept."""
         raise NotImplementedError
 
+    def records(self, now):
+        """Yield (info_hash, snatches, peers) of every swarm, as it is in one moment.
+
+        ``peers`` yields (Record, is_seeder) of each.
+        """
+        raise NotImplementedError
+
+    def restore(self, info_hash, snatches, peers, now):
+        """Merge into a swarm what ``records`` yielded, here or elsewhere, now or once.
+
+        Of a peer that is known here, the newer sighting wins, in each family and in
+        what the peer is; SNATCHED stays. The snatches are the larger number. So it is
+        the same how often it is done. What has expired is left out, and nobody is seen
+        later than ``now``. Return Restored; raise TrackerError when there are too many
+        swarms.
+        """
+        raise NotImplementedError
+
     def last_seen(self, info_hash, now):
         """Return about when anybody last announced, 0 where that is not known."""
         raise NotImplementedError
@@ -794,6 +812,14 @@ class Record(NamedTuple):
     seen6: int
     endpoint4: bytes  # 6 bytes: address and port, 0 for a port nobody can reach
     endpoint6: bytes  # 18 bytes
+
+
+class Restored(NamedTuple):
+    """What became of the peers that were to be restored."""
+
+    kept: int
+    expired: int
+    refused: int  # by max_peers or max_peers_per_address
 
 
 _PAGE_HEAD = struct.Struct("<5sBBBII")
@@ -1192,6 +1218,41 @@ class Swarm:
         self.loaded.clear()  # that was the whole swarm
         return tuple(map(sum, zip(*found, strict=True)))
 
+    def snapshot(self):
+        """Return the snatches, and copies of all pages."""
+        pages = [Page(0, bytes(self.first.data))]
+        pages += [self._page(number) for number in range(1, self.pages)]
+        self.loaded.clear()  # they are the caller's
+        return self.snatches, pages
+
+    def restore(self, snatches, peers):
+        """Merge peers, (Record, is_seeder); return how many limits kept out."""
+        refused, self.snatches = 0, max(snatches, self.snatches)
+        for record, is_seeder in peers:
+            try:
+                self._restore(record, is_seeder)
+            except TrackerError:
+                refused += 1
+        if self._head() != self.first.data[_PAGE_HEAD.size : _HEADS]:
+            self._save(self.first)
+        return refused
+
+    def _restore(self, record, is_seeder):
+        """Merge a peer, as Store.restore says; raise TrackerError at a limit."""
+        page, slot = self._locate(record.peer_id)
+        if slot < 0:
+            for endpoint in filter(None, _present(record.endpoint4, record.endpoint6)):
+                self._refuse_excess(page, endpoint[:-2])
+            page = self._page_with_room(record.peer_id)
+        else:
+            known = page[slot], slot >= page.leechers
+            record, is_seeder = merged = _merged(*known, record, is_seeder)
+            if merged == known:
+                return
+            page.remove(slot)
+        page.add(record, is_seeder)
+        self._save(page)
+
     def is_forgettable(self):
         """Return whether nobody is in the swarm and nothing of it is worth keeping."""
         kept = self.settings.swarm_ttl if self.snatches else 0
@@ -1500,6 +1561,38 @@ def _refuse_stranger(record, announce):
         )
 
 
+def _merged(old, was_seeder, new, is_seeder):
+    """Return what two trackers know of a peer: (Record, is_seeder)."""
+    is_newer = max(new.seen4, new.seen6) > max(old.seen4, old.seen6)
+    latest, seeder = (new, is_seeder) if is_newer else (old, was_seeder)
+    over4 = new if new.seen4 > old.seen4 else old
+    over6 = new if new.seen6 > old.seen6 else old
+    record = latest._replace(
+        state=latest.state | (old.state | new.state) & SNATCHED,
+        seen4=over4.seen4,
+        endpoint4=over4.endpoint4,
+        seen6=over6.seen6,
+        endpoint6=over6.endpoint6,
+    )
+    return record, seeder
+
+
+def _unexpired(record, now, ttl):
+    """Return a Record without endpoints that have expired, seen at ``now`` at last.
+
+    Return None if none is left.
+    """
+    seen4, seen6 = (
+        min(seen, now) if seen >= now - ttl else 0
+        for seen in (record.seen4, record.seen6)
+    )
+    if not (seen4 or seen6):
+        return None
+    endpoint4 = record.endpoint4 if seen4 else _NOWHERE4
+    endpoint6 = record.endpoint6 if seen6 else _NOWHERE6
+    return Record(*record[:3], seen4, seen6, endpoint4, endpoint6)
+
+
 def _updated(old, announce, now):
     """Return a peer's Record as an announce leaves it."""
     state = old.state & SNATCHED
@@ -1591,6 +1684,21 @@ class EvenClock:
             return was_ahead, ahead
         log.warning("the clock was set by %d seconds; peers are kept as before", jump)
         return clock_ahead, ahead - jump
+
+
+def _later(record, seconds):
+    """Return a Record as if its peer had been seen so many seconds later."""
+    if not seconds:
+        return record
+    seen = (at and max(1, at + seconds) for at in (record.seen4, record.seen6))
+    return Record(*record[:3], *seen, *record[5:])
+
+
+def _records_of(pages, seconds):
+    """Yield (Record, is_seeder) of the peers in pages, as seen so much later."""
+    for page in pages:
+        for slot in range(page.peers):
+            yield _later(page[slot], seconds), slot >= page.leechers
 
 
 class FileStore(Store):
@@ -1689,6 +1797,23 @@ class FileStore(Store):
             found = self._visit(info_hash, now, False, Swarm.peers)
             if found:
                 yield info_hash, found
+
+    def records(self, now):
+        behind = now - self.even(now)
+        for fan in range(256):
+            for info_hash, found in self._walk(fan, now, Swarm.snapshot):
+                snatches, pages = found or (0, ())
+                if snatches or any(page.peers for page in pages):
+                    yield info_hash, snatches, _records_of(pages, behind)
+
+    def restore(self, info_hash, snatches, peers, now):
+        ttl, ahead, known = self.settings.peer_ttl, self.even(now) - now, list(peers)
+        live = [(_unexpired(record, now, ttl), seeder) for record, seeder in known]
+        live = [(_later(record, ahead), seeder) for record, seeder in live if record]
+        create = bool(live or snatches)
+        refused = self._visit(info_hash, now, create, Swarm.restore, snatches, live)
+        kept = len(live) - (refused or 0)
+        return Restored(kept, len(known) - len(live), len(live) - kept)
 
     def last_seen(self, info_hash, now):
         seen = self._visit(info_hash, now, False, Swarm.last_seen)
@@ -2797,6 +2922,23 @@ class History:
         finally:
             self._stepped = now
             self._lock.release()
+
+    def merge(self, samples, now):
+        """Add Samples of hours that have none, and return how many. Raise OSError."""
+        fd = _open_locked(self.path, fcntl.LOCK_EX)
+        try:
+            begun = self._begun(fd)
+            _write(fd, _HISTORY_HEAD.pack(_HISTORY_MAGIC, begun), 0)
+            hours = {sample.time // HOUR for sample in self.samples(now)}
+            before = len(hours)
+            for sample in samples:
+                hour = sample.time // HOUR
+                if now // HOUR - MONTH < hour <= now // HOUR and hour not in hours:
+                    _write(fd, _SAMPLE.pack(*sample), _place(sample.time))
+                    hours.add(hour)
+            return len(hours) - before
+        finally:
+            os.close(fd)
 
     def _begin(self, now):
         """Return whether this process is to take a sample."""
