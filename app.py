@@ -24,6 +24,7 @@ Parsing and replying are pure functions, ``now`` is an argument, and only the ed
     Tracker      announce and scrape over access and store: no sockets, no HTTP
     Door         the WSGI door, where announce and scrape are answered; CGI
     Doctor       what may be wrong with this host, and what to set
+    Archive      what is worth keeping, as a document for another host
     Listing      the torrents that a page or a feed shows, and in which order
     Templates    what pages look like
     Graph        the history as a picture
@@ -3232,6 +3233,8 @@ if is_cgi and _answer_of(os.environ.get("PATH_INFO", "")):
 
 import email.utils  # noqa: E402  (why so late: see the end of Door)
 import http.client  # noqa: E402
+from collections import Counter  # noqa: E402
+from itertools import islice  # noqa: E402
 from random import sample  # noqa: E402
 from urllib.parse import urlencode, urljoin, urlsplit  # noqa: E402
 
@@ -3749,6 +3752,276 @@ def _examine_private_files(base):
                     " not for the public. Set data to a folder outside of what the web"
                     " server shows, and deny it all but app.py.",
                 )
+
+
+# -- Archive --------------------------------------------------------------------------
+# One JSON document holds all that is worth keeping: to move a tracker, or merge two. It
+# is written and read a line at a time, so that it may be larger than the memory.
+
+ARCHIVE_VERSION = 1  # raised when older trackers would read it wrong, not for more keys
+BATCH = 500  # peers in a line at most; they are merged under one lock
+LONGEST_LINE = 2**20  # bytes that are read as a line; 500 peers have 150,000
+REFORMATTED = 2**24  # bytes of a document that is read at once, as its lines are others
+_OPENING = re.compile(  # stays, in all versions, but for what follows the version
+    rb'\{"format": "BitBreeze", "version": (\d{1,9}), (?:"made": \d+(,\r?\n))?'
+)
+_ENDPOINTS = ("4", socket.AF_INET), ("6", socket.AF_INET6)
+
+
+class ArchiveError(ValueError):
+    """A document cannot be read; the text says where, and what is wrong."""
+
+
+class ArchivedSwarm(NamedTuple):
+    """A swarm in a document; one of many peers is there several times, in parts."""
+
+    info_hash: bytes  # 20 bytes
+    snatches: int
+    peers: list  # of (Record, is_seeder)
+
+
+def write_archive(file, swarms, samples, now):
+    """Write a document of version 1 into a text file; return how many swarms and peers.
+
+    ``swarms`` is what Store.records yields, ``samples`` is what the History has. The
+    document is one JSON object, laid out in lines: the opening, the history, and one
+    for each 500 peers of a swarm.
+
+        {"format": "BitBreeze", "version": 1, "made": SECONDS,
+        "history": [{"seeders": 1, "leechers": 2, "swarms": 1, "time": SECONDS}, ...],
+        "swarms": [
+        {"info_hash": HEX, "snatches": 3, "peers": [PEER, ...]},
+        ...
+        ]
+        }
+
+    A PEER is {"peer_id": HEX, "key": CHECKSUM, "seeder": false, "partial": false,
+    "snatched": true}, and for each family that it was seen in, "endpoint4": "IP:PORT",
+    "seen4": SECONDS, "endpoint6": "[IP]:PORT", "seen6": SECONDS. Seconds are since
+    1970; port 0 stands for one that nobody can reach.
+    """
+    file.write(
+        f'{{"format": "BitBreeze", "version": {ARCHIVE_VERSION}, "made": {now},\n'
+    )
+    history = json.dumps([sample._asdict() for sample in samples])
+    file.write(f'"history": {history},\n"swarms": [')
+    number, total, comma = 0, 0, ""
+    for info_hash, snatches, peers in swarms:
+        named = {"info_hash": info_hash.hex(), "snatches": snatches}
+        for batch in _batches(_peer_as_json(*peer) for peer in peers):
+            file.write(f"{comma}\n{json.dumps({**named, 'peers': batch})}")
+            comma, total = ",", total + len(batch)
+        number += 1
+    file.write("\n]\n}\n")
+    return number, total
+
+
+def _batches(peers):
+    """Yield lists of up to 500 peers each, one list at least."""
+    yield list(islice(peers, BATCH))
+    while batch := list(islice(peers, BATCH)):
+        yield batch
+
+
+def _peer_as_json(record, is_seeder):
+    peer = {
+        "peer_id": record.peer_id.hex(),
+        "key": record.key,
+        "seeder": is_seeder,
+        "partial": bool(record.state & PARTIAL),
+        "snatched": bool(record.state & SNATCHED),
+    }
+    if record.seen4:
+        ip = socket.inet_ntop(socket.AF_INET, record.endpoint4[:-2])
+        peer["endpoint4"] = f"{ip}:{int.from_bytes(record.endpoint4[-2:], 'big')}"
+        peer["seen4"] = record.seen4
+    if record.seen6:
+        ip = socket.inet_ntop(socket.AF_INET6, record.endpoint6[:-2])
+        peer["endpoint6"] = f"[{ip}]:{int.from_bytes(record.endpoint6[-2:], 'big')}"
+        peer["seen6"] = record.seen6
+    return peer
+
+
+def read_archive(file):
+    """Yield the Samples and then the ArchivedSwarms in a document, a binary file.
+
+    Raise ArchiveError for what is none, is damaged or cut short, or was made by a newer
+    version. What is laid out otherwise than by write_archive must have at most 16 MB.
+    """
+    for where, parse, value in _members(file):
+        try:
+            yield parse(value)
+        except ArchiveError as error:
+            raise ArchiveError(f"{where}: {error}") from None
+
+
+def _members(file):
+    """Yield (where it stands, what parses it, value) of what is in a document."""
+    line, number, parse = file.readline(LONGEST_LINE), 1, None
+    if opening := _OPENING.match(line):
+        _check_version(int(opening[1]))
+    if not opening or not opening[2]:
+        yield from _members_at_once(line, file)
+        return
+    while (text := line.strip().rstrip(b",")) != b"}":
+        line, number = file.readline(LONGEST_LINE), number + 1
+        text, where = line.strip().rstrip(b","), f"line {number}"
+        if not line.endswith(b"\n") and len(line) < LONGEST_LINE and text != b"}":
+            raise ArchiveError(f"it is cut short in line {number}: copy it anew")
+        if text == b"]" or text == b'"swarms": [':
+            parse = None if text == b"]" else _parsed_swarm
+        elif parse:
+            yield where, parse, _decoded_json(text, where)
+        elif text != b"}":
+            member = _decoded_json(b"{" + text + b"}", where)
+            for each in _list(member, "history", []):
+                yield where, _parsed_sample, each
+    if file.read(1):
+        raise ArchiveError(f"something stands behind its end in line {number}")
+
+
+def _members_at_once(start, file):
+    """Yield what ``_members`` does of a document whose lines are others than ours."""
+    text = start + file.read(REFORMATTED)
+    if file.read(1):
+        raise ArchiveError("its lines are not those that app.py export wrote")
+    document = _decoded_json(text, "it")
+    if not isinstance(document, dict) or document.get("format") != "BitBreeze":
+        raise ArchiveError("app.py export did not write it")
+    _check_version(_number(document, "version", 10**9))
+    for each in _list(document, "history", []):
+        yield "history", _parsed_sample, each
+    for number, each in enumerate(_list(document, "swarms"), 1):
+        yield f"swarm {number}", _parsed_swarm, each
+
+
+def _decoded_json(text, where):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise ArchiveError(
+            f"{where} is not JSON, or not as app.py export wrote it"
+        ) from None
+
+
+def _list(given, name, default=None):
+    value = given.get(name, default)
+    if not isinstance(value, list):
+        raise ArchiveError(f"{name} is not a list")
+    return value
+
+
+def _check_version(version):
+    if version > ARCHIVE_VERSION:
+        raise ArchiveError(
+            f"it was made by a newer BitBreeze, in format {version}: upgrade this one"
+        )
+
+
+def _parsed_sample(sample):
+    return Sample(*[_number(sample, name, 2**32 - 1) for name in Sample._fields])
+
+
+def _parsed_swarm(swarm):
+    info_hash, snatches = _hash(swarm, "info_hash"), _number(swarm, "snatches", 2**63)
+    peers = list(map(_parsed_peer, _list(swarm, "peers")))
+    return ArchivedSwarm(info_hash, snatches, peers)
+
+
+def _parsed_peer(peer):
+    """Return (Record, is_seeder) of a peer in a document; raise ArchiveError."""
+    peer_id, key = _hash(peer, "peer_id"), _number(peer, "key", 2**32 - 1)
+    flags = [peer.get(name) for name in ("seeder", "partial", "snatched")]
+    if any(type(flag) is not bool for flag in flags):
+        raise ArchiveError("seeder, partial or snatched is neither true nor false")
+    is_seeder, is_partial, is_snatched = flags
+    state = PARTIAL * (is_partial and not is_seeder) | SNATCHED * is_snatched
+    seen, ends = [], []
+    for digit, family in _ENDPOINTS:
+        ends.append(_parsed_endpoint(peer, digit, family))
+        is_there = peer.get(f"endpoint{digit}") is not None
+        seen.append(_number(peer, f"seen{digit}", 2**32 - 1) if is_there else 0)
+    return Record(peer_id, key, state, *seen, *ends), is_seeder
+
+
+def _parsed_endpoint(peer, digit, family):
+    """Return the 6 or 18 bytes of an endpoint, zeros where there is none."""
+    text = peer.get(f"endpoint{digit}")
+    if text is None:
+        return _NOWHERE4 if digit == "4" else _NOWHERE6
+    with suppress(ValueError, OverflowError, OSError, AttributeError):
+        ip, _, port = text.rpartition(":")
+        if digit == "6":
+            ip = ip.removeprefix("[").removesuffix("]")
+        number = int(port) if port.isdecimal() else -1
+        # As in an announce: nobody can connect to port 1.
+        packed = (number if number != 1 else 0).to_bytes(2, "big")
+        return socket.inet_pton(family, ip) + packed
+    raise ArchiveError(f"endpoint{digit} is not an address and a port: {text!r:.60}")
+
+
+def _hash(given, name):
+    """Return the 20 bytes in hex of that name; raise ArchiveError."""
+    text = given.get(name) if isinstance(given, dict) else None
+    with suppress(ValueError, TypeError):
+        if len(text) == 40 and len(value := bytes.fromhex(text)) == 20:
+            return value
+    raise ArchiveError(f"{name} is not 40 hex digits")
+
+
+def _number(given, name, most):
+    value = given.get(name) if isinstance(given, dict) else None
+    if type(value) is not int or not 0 <= value <= most:
+        raise ArchiveError(f"{name} is not a whole number from 0 to {most}")
+    return value
+
+
+class Merging:
+    """What became of a document so far, while it is merged."""
+
+    def __init__(self, tracker):
+        self.tracker, self.swarms, self.peers, self.hours = tracker, 0, 0, 0
+        self.left_out = Counter()  # how many by what they are, and why
+        self._last = b""  # info_hash of the swarm that was met last
+
+    def merge(self, archived, now):
+        """Merge a Sample or an ArchivedSwarm, as History.merge and Store.restore say.
+
+        What is not tracked here is merged like all else: the lists decide at every
+        announce, and may come later. Raise OSError.
+        """
+        if isinstance(archived, Sample):
+            self._merge_sample(archived, now)
+        else:
+            self._merge_swarm(archived, now)
+
+    def _merge_sample(self, sample, now):
+        try:
+            self.hours += self.tracker.history.merge([sample], now)
+        except NewerError:
+            self.left_out["hours of history", "a newer BitBreeze keeps it here"] += 1
+
+    def _merge_swarm(self, swarm, now):
+        is_new, self._last = swarm.info_hash != self._last, swarm.info_hash
+        try:
+            done = self.tracker.store.restore(*swarm, now)
+        except TrackerError as refusal:
+            self.left_out["swarms", re.split("[:.]", str(refusal))[0]] += is_new
+            return
+        self.swarms, self.peers = self.swarms + is_new, self.peers + done.kept
+        ttl = self.tracker.settings.peer_ttl
+        self.left_out["peers", f"not seen for {ttl} seconds"] += done.expired
+        limits = "max_peers or max_peers_per_address"
+        self.left_out["peers", limits] += done.refused
+
+    def in_words(self):
+        """Return how much is merged, and what is left out and why."""
+        words = f"{self.swarms} swarms with {self.peers} peers"
+        words += f" and {self.hours} hours of history" if self.hours else ""
+        reasons = [
+            f"{n} {what} ({why})" for (what, why), n in self.left_out.items() if n
+        ]
+        return words + ("; left out are " + ", ".join(reasons) if reasons else "")
 
 
 # -- Listing --------------------------------------------------------------------------
