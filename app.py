@@ -5149,6 +5149,144 @@ def doctor(url):
     sys.exit(bool(failures))
 
 
+@click.command()
+@click.argument("path", metavar="[FILE]", default="-")
+@click.option("--force", is_flag=True, help="Write over a file that is there.")
+def export(path, force):
+    """Write all peers, snatches and the history to FILE, as JSON for import.
+
+    Without FILE they go to the output. The tracker may be serving.
+    """
+    tracker, now = app.tracker, int(time.time())
+    _check_user(tracker.store.folder)
+    if not os.path.isdir(tracker.store.folder):
+        raise click.ClickException(
+            f"there is no {tracker.store.folder}: set data as the server has it"
+        )
+    swarms = _with_progress(tracker.store.records(now), "swarms are written")
+    samples = tracker.history.samples(now)
+    try:
+        with _new_file(path, force) as file:
+            number, peers = write_archive(file, swarms, samples, now)
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise  # whoever read it has seen enough
+        raise click.ClickException(f"nothing is exported: {_reason(error)}") from None
+    words = f"{number} swarms with {peers} peers"
+    words += f" and {len(samples)} hours of history" if samples else ""
+    click.echo(f"Exported are {words}.", err=True)
+    if tracker.store.newer:
+        raise click.ClickException(
+            "swarms that a newer BitBreeze wrote are not among them: export with that"
+        )
+
+
+@click.command("import")
+@click.argument("path", metavar="FILE")
+def import_(path):
+    """Merge into this tracker what export wrote to FILE, or to the input for "-".
+
+    All of FILE is read before anything is merged. The tracker may be serving. To do it
+    twice is the same as once.
+    """
+    merging = Merging(app.tracker)
+    _check_user(app.tracker.store.folder)
+    try:
+        with _rewindable(path) as file:
+            for _ in _with_progress(read_archive(file), "lines are read"):
+                pass
+            file.seek(0)
+            _merge_all(merging, read_archive(file))
+    except OSError as error:
+        raise click.ClickException(f"nothing is merged: {_reason(error)}") from None
+    except ArchiveError as error:
+        raise click.ClickException(f"nothing is merged, {path}: {error}") from None
+    click.echo(f"Merged are {merging.in_words()}.", err=True)
+
+
+def _merge_all(merging, archived):
+    """Merge what read_archive yields; raise ClickException that says how far it got."""
+    try:
+        for each in _with_progress(archived, "lines are merged"):
+            merging.merge(each, int(time.time()))
+    except (OSError, ArchiveError, KeyboardInterrupt) as error:
+        why = _reason(error) if isinstance(error, OSError) else str(error) or "Ctrl-C"
+        raise click.ClickException(
+            f"stopped by {why}. Merged are {merging.in_words()}. Import it again for"
+            " the rest"
+        ) from None
+
+
+def _check_user(folder):
+    """Raise ClickException for root, if its files would not be the server's."""
+    with suppress(FileNotFoundError):
+        owner = os.stat(folder).st_uid
+        if os.geteuid() == 0 != owner:
+            raise click.ClickException(
+                f"the server could not use what root writes to {folder}: run this as"
+                f" its owner, with sudo -u '#{owner}'"
+            )
+
+
+@contextmanager
+def _new_file(path, force):
+    """Open a text file that is at ``path`` when it is whole; "-" is the output."""
+    if path == "-":
+        yield sys.stdout
+        sys.stdout.flush()
+        return
+    if os.path.lexists(path) and not force:
+        raise click.ClickException(f"{path} is there already: see --force")
+    new = f"{path}.{os.getpid()}.new"
+    try:
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(fd, "w", encoding="ascii") as file:
+            yield file
+            file.flush()
+            os.fsync(fd)
+        os.replace(new, path)
+    finally:
+        with suppress(OSError):
+            os.unlink(new)
+
+
+@contextmanager
+def _rewindable(path):
+    """Open a binary file that can be read twice; "-" is the input."""
+    from shutil import copyfileobj  # which nobody else needs
+    from tempfile import TemporaryFile
+
+    with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+        if file.seekable():
+            yield file
+            return
+        with TemporaryFile() as copy:
+            copyfileobj(file, copy)
+            copy.seek(0)
+            yield copy
+
+
+def _with_progress(items, what):
+    """Yield items; on a terminal, say twice a second how many there were."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    said = time.monotonic()
+    try:
+        for number, item in enumerate(items, 1):
+            yield item
+            if time.monotonic() - said > 0.5:
+                said = time.monotonic()
+                click.echo(f"\r{number} {what}", nl=False, err=True)
+    finally:
+        click.echo("\r\033[K", nl=False, err=True)
+
+
+def _reason(error):
+    """Return what an OSError is about, in a few words."""
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+
+
 def main(arguments):
     """Run a command of app.py; without the name of one, ``serve``."""
     if not arguments or arguments[0] not in (*app.cli.commands, "--help"):
@@ -5164,6 +5302,8 @@ except SettingsError as error:
     raise
 app.cli.add_command(serve)
 app.cli.add_command(doctor)
+app.cli.add_command(export)
+app.cli.add_command(import_)
 
 if is_cgi:
     answer_cgi(app)
