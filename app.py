@@ -3863,7 +3863,8 @@ def _members(file):
     if not opening or not opening[2]:
         yield from _members_at_once(line, file)
         return
-    while (text := line.strip().rstrip(b",")) != b"}":
+    text = b""
+    while text != b"}":
         line, number = file.readline(LONGEST_LINE), number + 1
         text, where = line.strip().rstrip(b","), f"line {number}"
         if not line.endswith(b"\n") and len(line) < LONGEST_LINE and text != b"}":
