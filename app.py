@@ -1637,7 +1637,8 @@ class EvenClock:
 
     The numbers are signed. When the computer has been started again, even seconds are
     those of the clock, but never less than they were. Where the computer's start is not
-    told (no Linux), or the file cannot be written, they are those of the clock.
+    told (no Linux), or the file cannot be written or is of a newer version, they are
+    those of the clock.
     """
 
     _FORM, _MAGIC = struct.Struct("<8s16sqqq"), b"clck\x01\0\0\0"
@@ -1665,7 +1666,11 @@ class EvenClock:
         """See what other processes know, and tell them of a jump."""
         fd = _open_locked(self.path, fcntl.LOCK_EX)
         try:
-            was_ahead, ahead = self._from(os.pread(fd, PAGE, 0), now, clock_ahead)
+            data = os.pread(fd, PAGE, 0)
+            if _is_newer(data, self._MAGIC):
+                self._boot_id = b""  # no more of this while we run
+                return
+            was_ahead, ahead = self._from(data, now, clock_ahead)
             known = self._MAGIC, self._boot_id, was_ahead, ahead, now + ahead
             _write(fd, self._FORM.pack(*known), 0)
             self.ahead = ahead  # first: other threads are not to see the other alone

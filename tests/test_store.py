@@ -1047,7 +1047,7 @@ def test_even_seconds_never_go_back_when_the_computer_starts(
     assert computer.process()(computer.set) == NOW + after + HOUR
 
 
-@pytest.mark.parametrize("data", [b"", b"clck", b"clck\x02" + bytes(43), b"?" * 48])
+@pytest.mark.parametrize("data", [b"", b"clck", b"clck\0" + bytes(43), b"?" * 48])
 def test_a_clock_file_of_no_use_is_written_anew(tmp_path, data):
     computer = Computer(tmp_path)
     computer.path.write_bytes(data)
@@ -1061,6 +1061,15 @@ def test_where_the_start_is_not_told_even_seconds_are_those_of_the_clock(tmp_pat
     for now in (NOW, NOW + DAY, NOW - DAY):
         assert clock(now) == now
     assert not (tmp_path / "clock").exists()
+
+
+def test_the_clock_of_a_newer_version_is_left_alone(tmp_path):
+    path, data = tmp_path / "clock", b"clck\x02" + bytes(43)
+    path.write_bytes(data)
+    clock = bitbreeze.EvenClock(path, b"b" * 16, lambda: 5)
+    for now in (NOW, NOW + 1, NOW + DAY):
+        assert clock(now) == now
+    assert path.read_bytes() == data
 
 
 @pytest.mark.parametrize("jump", [DAY, -DAY])
