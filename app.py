@@ -24,6 +24,7 @@ Parsing and replying are pure functions, ``now`` is an argument, and only the ed
     Tracker      announce and scrape over access and store: no sockets, no HTTP
     Door         the WSGI door, where announce and scrape are answered; CGI
     Doctor       what may be wrong with this host, and what to set
+    Archive      what is worth keeping, as a document for another host
     Listing      the torrents that a page or a feed shows, and in which order
     Templates    what pages look like
     Graph        the history as a picture
@@ -745,6 +746,24 @@ class Store:
         """Yield (info_hash, Peers) of every swarm, with all the peers that are kept."""
         raise NotImplementedError
 
+    def records(self, now):
+        """Yield (info_hash, snatches, peers) of every swarm, as it is in one moment.
+
+        ``peers`` yields (Record, is_seeder) of each.
+        """
+        raise NotImplementedError
+
+    def restore(self, info_hash, snatches, peers, now):
+        """Merge into a swarm what ``records`` yielded, here or elsewhere, now or once.
+
+        Of a peer that is known here, the newer sighting wins, in each family and in
+        what the peer is; SNATCHED stays. The snatches are the larger number. So it is
+        the same how often it is done. What has expired is left out, and nobody is seen
+        later than ``now``. Return Restored; raise TrackerError when there are too many
+        swarms.
+        """
+        raise NotImplementedError
+
     def last_seen(self, info_hash, now):
         """Return about when anybody last announced, 0 where that is not known."""
         raise NotImplementedError
@@ -778,6 +797,10 @@ class DamagedError(Exception):
     """A file is not a whole one of this version."""
 
 
+class NewerError(Exception):
+    """A file is of a version that is newer than this one's."""
+
+
 class RetiredError(Exception):
     """A swarm file was dropped while its lock was waited for."""
 
@@ -792,6 +815,14 @@ class Record(NamedTuple):
     seen6: int
     endpoint4: bytes  # 6 bytes: address and port, 0 for a port nobody can reach
     endpoint6: bytes  # 18 bytes
+
+
+class Restored(NamedTuple):
+    """What became of the peers that were to be restored."""
+
+    kept: int
+    expired: int
+    refused: int  # by max_peers or max_peers_per_address
 
 
 _PAGE_HEAD = struct.Struct("<5sBBBII")
@@ -1056,7 +1087,7 @@ class Swarm:
         return _is_at(self.path, self.fd)
 
     def begin(self, now):
-        """Read the first page; raise DamagedError or RetiredError if it is no use."""
+        """Read the first page; raise DamagedError, NewerError or RetiredError."""
         self.now, self.loaded = now, {}
         data = os.pread(self.fd, PAGE, 0)
         is_known = self.first and data[:_HEADS] == self.first.data[:_HEADS]
@@ -1074,6 +1105,8 @@ class Swarm:
     def _read_first(self, data):
         """Take in the first page, of 4096 bytes, or none in a new file."""
         self.first = None
+        if _is_newer(data, MAGIC):
+            raise NewerError
         first = Page(0, data) if data else self._new_first()
         head = _SWARM_HEAD.unpack_from(first.data, _PAGE_HEAD.size)
         info_hash, self.salt, self.pages = head[:3]
@@ -1187,6 +1220,41 @@ class Swarm:
         found = [self._page(number).families() for number in range(self.pages)]
         self.loaded.clear()  # that was the whole swarm
         return tuple(map(sum, zip(*found, strict=True)))
+
+    def snapshot(self):
+        """Return the snatches, and copies of all pages."""
+        pages = [Page(0, bytes(self.first.data))]
+        pages += [self._page(number) for number in range(1, self.pages)]
+        self.loaded.clear()  # they are the caller's
+        return self.snatches, pages
+
+    def restore(self, snatches, peers):
+        """Merge peers, (Record, is_seeder); return how many limits kept out."""
+        refused, self.snatches = 0, max(snatches, self.snatches)
+        for record, is_seeder in peers:
+            try:
+                self._restore(record, is_seeder)
+            except TrackerError:
+                refused += 1
+        if self._head() != self.first.data[_PAGE_HEAD.size : _HEADS]:
+            self._save(self.first)
+        return refused
+
+    def _restore(self, record, is_seeder):
+        """Merge a peer, as Store.restore says; raise TrackerError at a limit."""
+        page, slot = self._locate(record.peer_id)
+        if slot < 0:
+            for endpoint in filter(None, _present(record.endpoint4, record.endpoint6)):
+                self._refuse_excess(page, endpoint[:-2])
+            page = self._page_with_room(record.peer_id)
+        else:
+            known = page[slot], slot >= page.leechers
+            record, is_seeder = merged = _merged(*known, record, is_seeder)
+            if merged == known:
+                return
+            page.remove(slot)
+        page.add(record, is_seeder)
+        self._save(page)
 
     def is_forgettable(self):
         """Return whether nobody is in the swarm and nothing of it is worth keeping."""
@@ -1474,6 +1542,11 @@ def _is_at(path, fd):
         return False
 
 
+def _is_newer(data, magic):
+    """Return whether a file begins as one of a newer version: a name, then a byte."""
+    return data[:4] == magic[:4] and data[4:5] > magic[4:5]
+
+
 def _is_seeder(announce):
     return announce.left == 0 or (
         announce.left is None and announce.event == "completed"
@@ -1497,6 +1570,38 @@ def _refuse_stranger(record, announce):
         raise TrackerError(
             "peer_id is in use with another key: restart your client", kind="key"
         )
+
+
+def _merged(old, was_seeder, new, is_seeder):
+    """Return what two trackers know of a peer: (Record, is_seeder)."""
+    is_newer = max(new.seen4, new.seen6) > max(old.seen4, old.seen6)
+    latest, seeder = (new, is_seeder) if is_newer else (old, was_seeder)
+    over4 = new if new.seen4 > old.seen4 else old
+    over6 = new if new.seen6 > old.seen6 else old
+    record = latest._replace(
+        state=latest.state | (old.state | new.state) & SNATCHED,
+        seen4=over4.seen4,
+        endpoint4=over4.endpoint4,
+        seen6=over6.seen6,
+        endpoint6=over6.endpoint6,
+    )
+    return record, seeder
+
+
+def _unexpired(record, now, ttl):
+    """Return a Record without endpoints that have expired, seen at ``now`` at last.
+
+    Return None if none is left.
+    """
+    seen4, seen6 = (
+        min(seen, now) if seen >= now - ttl else 0
+        for seen in (record.seen4, record.seen6)
+    )
+    if not (seen4 or seen6):
+        return None
+    endpoint4 = record.endpoint4 if seen4 else _NOWHERE4
+    endpoint6 = record.endpoint6 if seen6 else _NOWHERE6
+    return Record(*record[:3], seen4, seen6, endpoint4, endpoint6)
 
 
 def _updated(old, announce, now):
@@ -1542,7 +1647,8 @@ class EvenClock:
 
     The numbers are signed. When the computer has been started again, even seconds are
     those of the clock, but never less than they were. Where the computer's start is not
-    told (no Linux), or the file cannot be written, they are those of the clock.
+    told (no Linux), or the file cannot be written or is of a newer version, they are
+    those of the clock.
     """
 
     _FORM, _MAGIC = struct.Struct("<8s16sqqq"), b"clck\x01\0\0\0"
@@ -1570,7 +1676,11 @@ class EvenClock:
         """See what other processes know, and tell them of a jump."""
         fd = _open_locked(self.path, fcntl.LOCK_EX)
         try:
-            was_ahead, ahead = self._from(os.pread(fd, PAGE, 0), now, clock_ahead)
+            data = os.pread(fd, PAGE, 0)
+            if _is_newer(data, self._MAGIC):
+                self._boot_id = b""  # no more of this while we run
+                return
+            was_ahead, ahead = self._from(data, now, clock_ahead)
             known = self._MAGIC, self._boot_id, was_ahead, ahead, now + ahead
             _write(fd, self._FORM.pack(*known), 0)
             self.ahead = ahead  # first: other threads are not to see the other alone
@@ -1590,6 +1700,21 @@ class EvenClock:
             return was_ahead, ahead
         log.warning("the clock was set by %d seconds; peers are kept as before", jump)
         return clock_ahead, ahead - jump
+
+
+def _later(record, seconds):
+    """Return a Record as if its peer had been seen so many seconds later."""
+    if not seconds:
+        return record
+    seen = (at and max(1, at + seconds) for at in (record.seen4, record.seen6))
+    return Record(*record[:3], *seen, *record[5:])
+
+
+def _records_of(pages, seconds):
+    """Yield (Record, is_seeder) of the peers in pages, as seen so much later."""
+    for page in pages:
+        for slot in range(page.peers):
+            yield _later(page[slot], seconds), slot >= page.leechers
 
 
 class FileStore(Store):
@@ -1633,6 +1758,13 @@ class FileStore(Store):
     starts afresh. Limits: the file system must have flock; a power cut may lose the
     last seconds, as nothing waits for the disk; seconds are good until 2106.
 
+    Versions: the first page has that of the whole file. A newer one is left alone: its
+    swarm is refused until those who wrote it are back. The next version is to read this
+    one with the classes of today, kept beside its own, when it has locked a swarm. It
+    writes that to abcd....new, puts its version and "moved" into the old file, after
+    which this version leaves it alone, too, and renames the new one over it. Whoever
+    finds one that has moved, but is still in place, renames.
+
     swarms.count holds the number of swarm files, 8 bytes, under a lock of its own.
     """
 
@@ -1647,6 +1779,7 @@ class FileStore(Store):
         self._open = {}  # Swarms by info_hash
         self._opened, self._process = 0, None  # since when, and by whom
         self.even = even or (lambda now: now)
+        self.newer = None  # path of the first file that was met of a newer version
 
     def announce(self, announce, wanted, now):
         info_hash, is_new = announce.info_hash, announce.event != "stopped"
@@ -1680,6 +1813,23 @@ class FileStore(Store):
             found = self._visit(info_hash, now, False, Swarm.peers)
             if found:
                 yield info_hash, found
+
+    def records(self, now):
+        behind = now - self.even(now)
+        for fan in range(256):
+            for info_hash, found in self._walk(fan, now, Swarm.snapshot):
+                snatches, pages = found or (0, ())
+                if snatches or any(page.peers for page in pages):
+                    yield info_hash, snatches, _records_of(pages, behind)
+
+    def restore(self, info_hash, snatches, peers, now):
+        ttl, ahead, known = self.settings.peer_ttl, self.even(now) - now, list(peers)
+        live = [(_unexpired(record, now, ttl), seeder) for record, seeder in known]
+        live = [(_later(record, ahead), seeder) for record, seeder in live if record]
+        create = bool(live or snatches)
+        refused = self._visit(info_hash, now, create, Swarm.restore, snatches, live)
+        kept = len(live) - (refused or 0)
+        return Restored(kept, len(known) - len(live), len(live) - kept)
 
     def last_seen(self, info_hash, now):
         seen = self._visit(info_hash, now, False, Swarm.last_seen)
@@ -1735,7 +1885,8 @@ class FileStore(Store):
     def _visit(self, info_hash, now, create, work, *arguments):
         """Return what ``work(swarm, *arguments)`` does with a swarm locked.
 
-        Return None if there is no such swarm, unless it is to be created.
+        Return None if there is no such swarm, unless it is to be created, or none that
+        this version can read: raise TrackerError if it is to be created.
         """
         if not 0 <= now - self._opened < 10 or self._process != os.getpid():
             self._open, self._opened, self._process = {}, now, os.getpid()
@@ -1751,6 +1902,8 @@ class FileStore(Store):
                 self._remove(swarm)
             except DamagedError as error:
                 self._set_aside(swarm, error)
+            except NewerError:
+                return self._leave_alone(swarm, create)
             except BaseException:
                 swarm.first = None  # it may differ now from what is in the file
                 raise
@@ -1829,6 +1982,24 @@ class FileStore(Store):
             "swarm file %s was damaged: %s. It is kept as %s", swarm.path, error, aside
         )
         self._count_swarms(lambda number: number - 1)
+
+    def _leave_alone(self, swarm, create):
+        """Log, once, that a file is of a newer version; raise TrackerError or not."""
+        self._open.pop(swarm.info_hash, None)
+        if not self.newer:
+            self.newer = swarm.path
+            log.error(
+                "swarm file %s was written by a newer BitBreeze. It is left alone, with"
+                " others like it, and their swarms are refused: upgrade this one, or"
+                " export there and import here",
+                swarm.path,
+            )
+        if create:
+            raise TrackerError(
+                "a newer version of this tracker keeps this swarm. Operator: upgrade"
+                " this one",
+                kind="internal",
+            )
 
     def _count_swarms(self, change=lambda number: number):
         """Replace the number of swarm files by change(number), locked; return it."""
@@ -2064,7 +2235,9 @@ class Catalogue:
 
     Every process looks for itself what is there. What a file says is read once for
     all of them, and kept in data/torrents.json: {path: [signature, *Torrent]}, or
-    [signature, reason] for one that is skipped. It may be removed at any time.
+    [signature, reason] for one that is skipped, below "1", the version of that format.
+    It may be removed at any time. What newer versions keep there stays as it is, so
+    that two versions can run side by side; what older ones keep is dropped.
 
     What vanishes, or cannot be read any more, still counts as it did until the folder
     has been quiet for a while: whoever replaces a file may be in the middle of it.
@@ -2081,6 +2254,7 @@ class Catalogue:
         self._fading = {}  # since when they are missed, by path
         self._unsettled = {}  # signatures, and since when they are seen, by path
         self._memo, self._memo_signature, self._news = {}, None, {}
+        self._newer = {}  # what newer versions keep in the memo, by version
         self._scanned, self._remembered = None, 0
         self.version = 0  # another whenever the torrents are others
 
@@ -2249,7 +2423,8 @@ class Catalogue:
             signature = at.st_mtime_ns, at.st_ino
             if signature != self._memo_signature:
                 with open(self._memo_path, encoding="utf-8") as file:
-                    self._memo = _checked_memo(json.load(file))
+                    memo = json.load(file)
+                self._memo, self._newer = _checked_memo(memo), _newer_memos(memo)
                 self._memo_signature = signature
 
     def _remember(self):
@@ -2263,7 +2438,7 @@ class Catalogue:
                 known = {p: m for p, m in self._memo.items() if p in self._found}
                 news = {p: m for p, m in news.items() if known.get(p) != m}
                 with open(f"{self._memo_path}.new", "w", encoding="utf-8") as file:
-                    file.write(json.dumps({"1": {**known, **news}}))
+                    file.write(json.dumps({"1": {**known, **news}, **self._newer}))
                 os.replace(f"{self._memo_path}.new", self._memo_path)
         except OSError as error:
             log.warning("what is in %s is not kept: %s", self.folder, error)
@@ -2281,6 +2456,12 @@ def _checked_memo(memo):
     return {
         p: m for p, m in known.items() if isinstance(m, list) and len(m) in (2, width)
     }
+
+
+def _newer_memos(memo):
+    """Return what versions after this one keep in a memo."""
+    memo = memo if isinstance(memo, dict) else {}
+    return {v: m for v, m in memo.items() if v.isdecimal() and int(v[:9]) > 1}
 
 
 def _changed_at(folder):
@@ -2638,7 +2819,9 @@ class Counters:
             path = f"{self.folder}/{number}"
             with suppress(BlockingIOError):  # another process has it
                 fd = _open_locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                if not _is_newer(os.pread(fd, 8, 0), _COUNTERS_MAGIC):
+                    break
+                os.close(fd)
         else:
             raise OSError(errno.EAGAIN, "all files are locked")
         self._fd, self._path = fd, path
@@ -2712,7 +2895,8 @@ class History:
     hours it named, no more, and they come again. The requests do it: one begins, under
     flock, and the announces that its process then gets count on, a slice each. After
     five minutes others begin, too, and who ends first writes: one write, so that a kill
-    leaves the old sample or the new one. A damaged file is kept as history.damaged.
+    leaves the old sample or the new one. A damaged file is kept as history.damaged; one
+    of a newer version is left alone, and no history is kept.
     """
 
     def __init__(self, path):
@@ -2748,7 +2932,7 @@ class History:
                 # Nobody waits behind an announce that comes after quiet seconds.
                 idle = min(max(0, now - self._stepped - 1), 10)
                 self._count(swarms, now, enough + 1000 * idle)
-        except OSError as error:
+        except (OSError, NewerError) as error:
             if not self._has_failed:
                 log.error("no history is kept in %s: %s", self.path, error)
             self._has_failed, self._walk = True, None
@@ -2757,16 +2941,29 @@ class History:
             self._stepped = now
             self._lock.release()
 
+    def merge(self, samples, now):
+        """Add Samples of hours that have none, and return how many. Raise OSError."""
+        fd = _open_locked(self.path, fcntl.LOCK_EX)
+        try:
+            begun = self._begun(fd)
+            _write(fd, _HISTORY_HEAD.pack(_HISTORY_MAGIC, begun), 0)
+            hours = {sample.time // HOUR for sample in self.samples(now)}
+            before = len(hours)
+            for sample in samples:
+                hour = sample.time // HOUR
+                if now // HOUR - MONTH < hour <= now // HOUR and hour not in hours:
+                    _write(fd, _SAMPLE.pack(*sample), _place(sample.time))
+                    hours.add(hour)
+            return len(hours) - before
+        finally:
+            os.close(fd)
+
     def _begin(self, now):
         """Return whether this process is to take a sample."""
         fd = _open_locked(self.path, fcntl.LOCK_EX)
         try:
-            head = os.pread(fd, _HISTORY_HEAD.size, 0)
-            if head and not (head[:5] == _HISTORY_MAGIC and len(head) == 16):
-                _empty_damaged(fd, self.path, f"no head of format {_HISTORY_MAGIC!r}")
-                head = b""
+            begun = self._begun(fd)
             known = os.pread(fd, _SAMPLE.size, _place(now)).ljust(_SAMPLE.size, b"\0")
-            begun = _HISTORY_HEAD.unpack(head)[1] if head else 0
             if _SAMPLE.unpack(known)[3] // HOUR == now // HOUR:
                 self.quiet = now, now - now % HOUR + HOUR
             elif 0 <= now - begun < TAKEOVER:
@@ -2779,6 +2976,16 @@ class History:
             return False
         finally:
             os.close(fd)
+
+    def _begun(self, fd):
+        """Return when a process last began a sample, 0 for never."""
+        head = os.pread(fd, _HISTORY_HEAD.size, 0)
+        if _is_newer(head, _HISTORY_MAGIC):
+            raise NewerError("a newer BitBreeze wrote it")
+        if head and not (head[:5] == _HISTORY_MAGIC and len(head) == 16):
+            _empty_damaged(fd, self.path, f"no head of format {_HISTORY_MAGIC!r}")
+            head = b""
+        return _HISTORY_HEAD.unpack(head)[1] if head else 0
 
     def _count(self, swarms, now, enough):
         """Count so many swarms, or all that are left, and then write the sample."""
@@ -3043,6 +3250,8 @@ if is_cgi and _answer_of(os.environ.get("PATH_INFO", "")):
 
 import email.utils  # noqa: E402  (why so late: see the end of Door)
 import http.client  # noqa: E402
+from collections import Counter  # noqa: E402
+from itertools import islice  # noqa: E402
 from random import sample  # noqa: E402
 from urllib.parse import urlencode, urljoin, urlsplit  # noqa: E402
 
@@ -3179,7 +3388,7 @@ def _examine_clock(now, written):
 
 
 def _examine_peers(tracker, now):
-    """See where a thousand peers come from."""
+    """See where a thousand peers come from, and whether they can be read."""
     ids, addresses = set(), []
     for _, peers in tracker.store.peers(now):
         ids.update(_cut(peers.ids, 20))
@@ -3187,6 +3396,13 @@ def _examine_peers(tracker, now):
         addresses += [end[:-2] for end in _cut(peers.endpoints6, 18) if any(end)]
         if len(ids) > 1000:
             break
+    if tracker.store.newer:
+        yield Finding(
+            FAILURE,
+            f"{tracker.store.newer} was written by a newer BitBreeze, others may be,"
+            " too. Their swarms are refused. Upgrade this one, or run app.py export"
+            " there and app.py import here.",
+        )
     seen = set(addresses)
     if len(ids) > 4 and len(seen) == 1:
         yield Finding(
@@ -3553,6 +3769,277 @@ def _examine_private_files(base):
                     " not for the public. Set data to a folder outside of what the web"
                     " server shows, and deny it all but app.py.",
                 )
+
+
+# -- Archive --------------------------------------------------------------------------
+# One JSON document holds all that is worth keeping: to move a tracker, or merge two. It
+# is written and read a line at a time, so that it may be larger than the memory.
+
+ARCHIVE_VERSION = 1  # raised when older trackers would read it wrong, not for more keys
+BATCH = 500  # peers in a line at most; they are merged under one lock
+LONGEST_LINE = 2**20  # bytes that are read as a line; 500 peers have 150,000
+REFORMATTED = 2**24  # bytes of a document that is read at once, as its lines are others
+_OPENING = re.compile(  # stays, in all versions, but for what follows the version
+    rb'\{"format": "BitBreeze", "version": (\d{1,9}), (?:"made": \d+(,\r?\n))?'
+)
+_ENDPOINTS = ("4", socket.AF_INET), ("6", socket.AF_INET6)
+
+
+class ArchiveError(ValueError):
+    """A document cannot be read; the text says where, and what is wrong."""
+
+
+class ArchivedSwarm(NamedTuple):
+    """A swarm in a document; one of many peers is there several times, in parts."""
+
+    info_hash: bytes  # 20 bytes
+    snatches: int
+    peers: list  # of (Record, is_seeder)
+
+
+def write_archive(file, swarms, samples, now):
+    """Write a document of version 1 into a text file; return how many swarms and peers.
+
+    ``swarms`` is what Store.records yields, ``samples`` is what the History has. The
+    document is one JSON object, laid out in lines: the opening, the history, and one
+    for each 500 peers of a swarm.
+
+        {"format": "BitBreeze", "version": 1, "made": SECONDS,
+        "history": [{"seeders": 1, "leechers": 2, "swarms": 1, "time": SECONDS}, ...],
+        "swarms": [
+        {"info_hash": HEX, "snatches": 3, "peers": [PEER, ...]},
+        ...
+        ]
+        }
+
+    A PEER is {"peer_id": HEX, "key": CHECKSUM, "seeder": false, "partial": false,
+    "snatched": true}, and for each family that it was seen in, "endpoint4": "IP:PORT",
+    "seen4": SECONDS, "endpoint6": "[IP]:PORT", "seen6": SECONDS. Seconds are since
+    1970; port 0 stands for one that nobody can reach.
+    """
+    file.write(
+        f'{{"format": "BitBreeze", "version": {ARCHIVE_VERSION}, "made": {now},\n'
+    )
+    history = json.dumps([sample._asdict() for sample in samples])
+    file.write(f'"history": {history},\n"swarms": [')
+    number, total, comma = 0, 0, ""
+    for info_hash, snatches, peers in swarms:
+        named = {"info_hash": info_hash.hex(), "snatches": snatches}
+        for batch in _batches(_peer_as_json(*peer) for peer in peers):
+            file.write(f"{comma}\n{json.dumps({**named, 'peers': batch})}")
+            comma, total = ",", total + len(batch)
+        number += 1
+    file.write("\n]\n}\n")
+    return number, total
+
+
+def _batches(peers):
+    """Yield lists of up to 500 peers each, one list at least."""
+    yield list(islice(peers, BATCH))
+    while batch := list(islice(peers, BATCH)):
+        yield batch
+
+
+def _peer_as_json(record, is_seeder):
+    peer = {
+        "peer_id": record.peer_id.hex(),
+        "key": record.key,
+        "seeder": is_seeder,
+        "partial": bool(record.state & PARTIAL),
+        "snatched": bool(record.state & SNATCHED),
+    }
+    if record.seen4:
+        ip = socket.inet_ntop(socket.AF_INET, record.endpoint4[:-2])
+        peer["endpoint4"] = f"{ip}:{int.from_bytes(record.endpoint4[-2:], 'big')}"
+        peer["seen4"] = record.seen4
+    if record.seen6:
+        ip = socket.inet_ntop(socket.AF_INET6, record.endpoint6[:-2])
+        peer["endpoint6"] = f"[{ip}]:{int.from_bytes(record.endpoint6[-2:], 'big')}"
+        peer["seen6"] = record.seen6
+    return peer
+
+
+def read_archive(file):
+    """Yield the Samples and then the ArchivedSwarms in a document, a binary file.
+
+    Raise ArchiveError for what is none, is damaged or cut short, or was made by a newer
+    version. What is laid out otherwise than by write_archive must have at most 16 MB.
+    """
+    for where, parse, value in _members(file):
+        try:
+            yield parse(value)
+        except ArchiveError as error:
+            raise ArchiveError(f"{where}: {error}") from None
+
+
+def _members(file):
+    """Yield (where it stands, what parses it, value) of what is in a document."""
+    line, number, parse = file.readline(LONGEST_LINE), 1, None
+    if opening := _OPENING.match(line):
+        _check_version(int(opening[1]))
+    if not opening or not opening[2]:
+        yield from _members_at_once(line, file)
+        return
+    text = b""
+    while text != b"}":
+        line, number = file.readline(LONGEST_LINE), number + 1
+        text, where = line.strip().rstrip(b","), f"line {number}"
+        if not line.endswith(b"\n") and len(line) < LONGEST_LINE and text != b"}":
+            raise ArchiveError(f"it is cut short in line {number}: copy it anew")
+        if text == b"]" or text == b'"swarms": [':
+            parse = None if text == b"]" else _parsed_swarm
+        elif parse:
+            yield where, parse, _decoded_json(text, where)
+        elif text != b"}":
+            member = _decoded_json(b"{" + text + b"}", where)
+            for each in _list(member, "history", []):
+                yield where, _parsed_sample, each
+    if file.read(1):
+        raise ArchiveError(f"something stands behind its end in line {number}")
+
+
+def _members_at_once(start, file):
+    """Yield what ``_members`` does of a document whose lines are others than ours."""
+    text = start + file.read(REFORMATTED)
+    if file.read(1):
+        raise ArchiveError("its lines are not those that app.py export wrote")
+    document = _decoded_json(text, "it")
+    if not isinstance(document, dict) or document.get("format") != "BitBreeze":
+        raise ArchiveError("app.py export did not write it")
+    _check_version(_number(document, "version", 10**9))
+    for each in _list(document, "history", []):
+        yield "history", _parsed_sample, each
+    for number, each in enumerate(_list(document, "swarms"), 1):
+        yield f"swarm {number}", _parsed_swarm, each
+
+
+def _decoded_json(text, where):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise ArchiveError(
+            f"{where} is not JSON, or not as app.py export wrote it"
+        ) from None
+
+
+def _list(given, name, default=None):
+    value = given.get(name, default)
+    if not isinstance(value, list):
+        raise ArchiveError(f"{name} is not a list")
+    return value
+
+
+def _check_version(version):
+    if version > ARCHIVE_VERSION:
+        raise ArchiveError(
+            f"it was made by a newer BitBreeze, in format {version}: upgrade this one"
+        )
+
+
+def _parsed_sample(sample):
+    return Sample(*[_number(sample, name, 2**32 - 1) for name in Sample._fields])
+
+
+def _parsed_swarm(swarm):
+    info_hash, snatches = _hash(swarm, "info_hash"), _number(swarm, "snatches", 2**63)
+    peers = list(map(_parsed_peer, _list(swarm, "peers")))
+    return ArchivedSwarm(info_hash, snatches, peers)
+
+
+def _parsed_peer(peer):
+    """Return (Record, is_seeder) of a peer in a document; raise ArchiveError."""
+    peer_id, key = _hash(peer, "peer_id"), _number(peer, "key", 2**32 - 1)
+    flags = [peer.get(name) for name in ("seeder", "partial", "snatched")]
+    if any(type(flag) is not bool for flag in flags):
+        raise ArchiveError("seeder, partial or snatched is neither true nor false")
+    is_seeder, is_partial, is_snatched = flags
+    state = PARTIAL * (is_partial and not is_seeder) | SNATCHED * is_snatched
+    seen, ends = [], []
+    for digit, family in _ENDPOINTS:
+        ends.append(_parsed_endpoint(peer, digit, family))
+        is_there = peer.get(f"endpoint{digit}") is not None
+        seen.append(_number(peer, f"seen{digit}", 2**32 - 1) if is_there else 0)
+    return Record(peer_id, key, state, *seen, *ends), is_seeder
+
+
+def _parsed_endpoint(peer, digit, family):
+    """Return the 6 or 18 bytes of an endpoint, zeros where there is none."""
+    text = peer.get(f"endpoint{digit}")
+    if text is None:
+        return _NOWHERE4 if digit == "4" else _NOWHERE6
+    with suppress(ValueError, OverflowError, OSError, AttributeError):
+        ip, _, port = text.rpartition(":")
+        if digit == "6":
+            ip = ip.removeprefix("[").removesuffix("]")
+        number = int(port) if port.isdecimal() else -1
+        # As in an announce: nobody can connect to port 1.
+        packed = (number if number != 1 else 0).to_bytes(2, "big")
+        return socket.inet_pton(family, ip) + packed
+    raise ArchiveError(f"endpoint{digit} is not an address and a port: {text!r:.60}")
+
+
+def _hash(given, name):
+    """Return the 20 bytes in hex of that name; raise ArchiveError."""
+    text = given.get(name) if isinstance(given, dict) else None
+    with suppress(ValueError, TypeError):
+        if len(text) == 40 and len(value := bytes.fromhex(text)) == 20:
+            return value
+    raise ArchiveError(f"{name} is not 40 hex digits")
+
+
+def _number(given, name, most):
+    value = given.get(name) if isinstance(given, dict) else None
+    if type(value) is not int or not 0 <= value <= most:
+        raise ArchiveError(f"{name} is not a whole number from 0 to {most}")
+    return value
+
+
+class Merging:
+    """What became of a document so far, while it is merged."""
+
+    def __init__(self, tracker):
+        self.tracker, self.swarms, self.peers, self.hours = tracker, 0, 0, 0
+        self.left_out = Counter()  # how many by what they are, and why
+        self._last = b""  # info_hash of the swarm that was met last
+
+    def merge(self, archived, now):
+        """Merge a Sample or an ArchivedSwarm, as History.merge and Store.restore say.
+
+        What is not tracked here is merged like all else: the lists decide at every
+        announce, and may come later. Raise OSError.
+        """
+        if isinstance(archived, Sample):
+            self._merge_sample(archived, now)
+        else:
+            self._merge_swarm(archived, now)
+
+    def _merge_sample(self, sample, now):
+        try:
+            self.hours += self.tracker.history.merge([sample], now)
+        except NewerError:
+            self.left_out["hours of history", "a newer BitBreeze keeps it here"] += 1
+
+    def _merge_swarm(self, swarm, now):
+        is_new, self._last = swarm.info_hash != self._last, swarm.info_hash
+        try:
+            done = self.tracker.store.restore(*swarm, now)
+        except TrackerError as refusal:
+            self.left_out["swarms", re.split("[:.]", str(refusal))[0]] += is_new
+            return
+        self.swarms, self.peers = self.swarms + is_new, self.peers + done.kept
+        ttl = self.tracker.settings.peer_ttl
+        self.left_out["peers", f"not seen for {ttl} seconds"] += done.expired
+        limits = "max_peers or max_peers_per_address"
+        self.left_out["peers", limits] += done.refused
+
+    def in_words(self):
+        """Return how much is merged, and what is left out and why."""
+        words = f"{self.swarms} swarms with {self.peers} peers"
+        words += f" and {self.hours} hours of history" if self.hours else ""
+        reasons = [
+            f"{n} {what} ({why})" for (what, why), n in self.left_out.items() if n
+        ]
+        return words + ("; left out are " + ", ".join(reasons) if reasons else "")
 
 
 # -- Listing --------------------------------------------------------------------------
@@ -4799,6 +5286,144 @@ def doctor(url):
     sys.exit(bool(failures))
 
 
+@click.command()
+@click.argument("path", metavar="[FILE]", default="-")
+@click.option("--force", is_flag=True, help="Write over a file that is there.")
+def export(path, force):
+    """Write all peers, snatches and the history to FILE, as JSON for import.
+
+    Without FILE they go to the output. The tracker may be serving.
+    """
+    tracker, now = app.tracker, int(time.time())
+    _check_user(tracker.store.folder)
+    if not os.path.isdir(tracker.store.folder):
+        raise click.ClickException(
+            f"there is no {tracker.store.folder}: set data as the server has it"
+        )
+    swarms = _with_progress(tracker.store.records(now), "swarms are written")
+    samples = tracker.history.samples(now)
+    try:
+        with _new_file(path, force) as file:
+            number, peers = write_archive(file, swarms, samples, now)
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise  # whoever read it has seen enough
+        raise click.ClickException(f"nothing is exported: {_reason(error)}") from None
+    words = f"{number} swarms with {peers} peers"
+    words += f" and {len(samples)} hours of history" if samples else ""
+    click.echo(f"Exported are {words}.", err=True)
+    if tracker.store.newer:
+        raise click.ClickException(
+            "swarms that a newer BitBreeze wrote are not among them: export with that"
+        )
+
+
+@click.command("import")
+@click.argument("path", metavar="FILE")
+def import_(path):
+    """Merge into this tracker what export wrote to FILE, or to the input for "-".
+
+    All of FILE is read before anything is merged. The tracker may be serving. To do it
+    twice is the same as once.
+    """
+    merging = Merging(app.tracker)
+    _check_user(app.tracker.store.folder)
+    try:
+        with _rewindable(path) as file:
+            for _ in _with_progress(read_archive(file), "lines are read"):
+                pass
+            file.seek(0)
+            _merge_all(merging, read_archive(file))
+    except OSError as error:
+        raise click.ClickException(f"nothing is merged: {_reason(error)}") from None
+    except ArchiveError as error:
+        raise click.ClickException(f"nothing is merged, {path}: {error}") from None
+    click.echo(f"Merged are {merging.in_words()}.", err=True)
+
+
+def _merge_all(merging, archived):
+    """Merge what read_archive yields; raise ClickException that says how far it got."""
+    try:
+        for each in _with_progress(archived, "lines are merged"):
+            merging.merge(each, int(time.time()))
+    except (OSError, ArchiveError, KeyboardInterrupt) as error:
+        why = _reason(error) if isinstance(error, OSError) else str(error) or "Ctrl-C"
+        raise click.ClickException(
+            f"stopped by {why}. Merged are {merging.in_words()}. Import it again for"
+            " the rest"
+        ) from None
+
+
+def _check_user(folder):
+    """Raise ClickException for root, if its files would not be the server's."""
+    with suppress(FileNotFoundError):
+        owner = os.stat(folder).st_uid
+        if os.geteuid() == 0 != owner:
+            raise click.ClickException(
+                f"the server could not use what root writes to {folder}: run this as"
+                f" its owner, with sudo -u '#{owner}'"
+            )
+
+
+@contextmanager
+def _new_file(path, force):
+    """Open a text file that is at ``path`` when it is whole; "-" is the output."""
+    if path == "-":
+        yield sys.stdout
+        sys.stdout.flush()
+        return
+    if os.path.lexists(path) and not force:
+        raise click.ClickException(f"{path} is there already: see --force")
+    new = f"{path}.{os.getpid()}.new"
+    try:
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(fd, "w", encoding="ascii") as file:
+            yield file
+            file.flush()
+            os.fsync(fd)
+        os.replace(new, path)
+    finally:
+        with suppress(OSError):
+            os.unlink(new)
+
+
+@contextmanager
+def _rewindable(path):
+    """Open a binary file that can be read twice; "-" is the input."""
+    from shutil import copyfileobj  # which nobody else needs
+    from tempfile import TemporaryFile
+
+    with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+        if file.seekable():
+            yield file
+            return
+        with TemporaryFile() as copy:
+            copyfileobj(file, copy)
+            copy.seek(0)
+            yield copy
+
+
+def _with_progress(items, what):
+    """Yield items; on a terminal, say twice a second how many there were."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    said = time.monotonic()
+    try:
+        for number, item in enumerate(items, 1):
+            yield item
+            if time.monotonic() - said > 0.5:
+                said = time.monotonic()
+                click.echo(f"\r{number} {what}", nl=False, err=True)
+    finally:
+        click.echo("\r\033[K", nl=False, err=True)
+
+
+def _reason(error):
+    """Return what an OSError is about, in a few words."""
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+
+
 def main(arguments):
     """Run a command of app.py; without the name of one, ``serve``."""
     if not arguments or arguments[0] not in (*app.cli.commands, "--help"):
@@ -4814,6 +5439,8 @@ except SettingsError as error:
     raise
 app.cli.add_command(serve)
 app.cli.add_command(doctor)
+app.cli.add_command(export)
+app.cli.add_command(import_)
 
 if is_cgi:
     answer_cgi(app)

@@ -1,6 +1,8 @@
 """Commands: python app.py, and what it says."""
 
+import io
 import itertools
+import json
 import os
 import signal
 import socket
@@ -8,19 +10,23 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack, suppress
+from threading import Event, Thread
 from urllib.request import urlopen
 
+import click
 import psutil
 import pytest
 from servers import (
     ROOT,
     announce,
     free_port,
+    gunicorn,
     has_ipv6,
     poll,
     scrape,
     serving,
 )
+from test_archive import DOCUMENT, peers_of, write
 from test_torrents import torrent_of
 
 import app as bitbreeze
@@ -197,6 +203,214 @@ def test_uwsgi_serves_on_6969_unless_told_otherwise():
     assert "http = %(host):%(port)" in settings
 
 
+# -- export and import
+
+
+def now_document(number=2):
+    """Return a document with peers of now, in one swarm, and two hours of history."""
+    now = int(time.time())
+    peers = [(record._replace(seen4=now), False) for record, _ in peers_of(number)]
+    samples = [bitbreeze.Sample(1, 2, 3, now - hour * 3600) for hour in (2, 1)]
+    return write([(HASHES[0], 5, peers)], samples)[0]
+
+
+def test_what_is_exported_can_be_imported(tmp_path):
+    document = now_document()
+    (tmp_path / "given").write_text(document)
+    folder, other = tmp_path / "data", tmp_path / "other"
+    words = " 1 swarms with 2 peers and 2 hours of history.\n"
+    ended = run("import", tmp_path / "given", TRACKER_DATA=folder)
+    assert (ended.returncode, ended.stdout) == (0, "")
+    assert ended.stderr == "Merged are" + words
+    ended = run("export", tmp_path / "file", TRACKER_DATA=folder)
+    assert (ended.returncode, ended.stdout) == (0, "")
+    assert ended.stderr == "Exported are" + words
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
+    piped = run("export", TRACKER_DATA=folder)
+    assert piped.stdout.splitlines()[1:] == document.splitlines()[1:]
+    for _ in range(2):
+        ended = run("import", "-", typed=piped.stdout, TRACKER_DATA=other)
+        assert ended.returncode == 0
+        again = run("export", TRACKER_DATA=other)
+        assert again.stdout.splitlines()[1:] == piped.stdout.splitlines()[1:]
+    assert sorted(os.listdir(tmp_path)) == ["data", "file", "given", "other"]
+
+
+def test_export_does_not_write_over_a_file(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "file").write_text("precious")
+    ended = run("export", tmp_path / "file", TRACKER_DATA=tmp_path / "data")
+    check_sentence(ended, "file is there already: see --force")
+    assert (tmp_path / "file").read_text() == "precious"
+    ended = run("export", "--force", tmp_path / "file", TRACKER_DATA=tmp_path / "data")
+    assert ended.returncode == 0
+    assert json.loads((tmp_path / "file").read_text())["swarms"] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "data", "part"),
+    [
+        ("file", "none", "there is no {}/none: set data as the server has it"),
+        ("no/file", "data", "nothing is exported: {}/no/file."),
+        ("data", "data", "{}/data is there already"),
+    ],
+)
+def test_export_fails_in_a_sentence(tmp_path, path, data, part):
+    (tmp_path / "data").mkdir()
+    ended = run("export", tmp_path / path, TRACKER_DATA=tmp_path / data)
+    check_sentence(ended, part.format(tmp_path))
+    assert ended.returncode == 1
+    assert os.listdir(tmp_path) == ["data"]
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def fail(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space"):
+        with bitbreeze._new_file(str(tmp_path / "file"), False) as file:
+            file.write("x")
+    assert os.listdir(tmp_path) == []
+
+
+def test_export_says_that_newer_swarms_are_left_out(tmp_path):
+    (tmp_path / "file").write_text(now_document())
+    run("import", tmp_path / "file", TRACKER_DATA=tmp_path / "data")
+    (path,) = (tmp_path / "data/swarms").glob("*/*")
+    path.write_bytes(b"swrm\x02")
+    ended = run("export", tmp_path / "new", TRACKER_DATA=tmp_path / "data")
+    assert ended.returncode == 1
+    assert "was written by a newer BitBreeze" in ended.stderr
+    assert "not among them: export with that\n" in ended.stderr
+    assert json.loads((tmp_path / "new").read_text())["swarms"] == []
+
+
+def test_whoever_has_seen_enough_of_an_export_may_go(tmp_path):
+    (tmp_path / "file").write_text(now_document(5000))
+    run("import", tmp_path / "file", TRACKER_DATA=tmp_path / "data")
+    ended = subprocess.run(
+        f"{sys.executable} app.py export | head -c 10",
+        cwd=ROOT,
+        env={**os.environ, **data(tmp_path)},
+        shell=True,
+        capture_output=True,
+        timeout=20,
+    )
+    assert ended.stdout == b'{"format":'
+    assert b"Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (None, "file: No such file"),
+        ("<html>", "nothing is merged, {}/file: it is not JSON"),
+        (DOCUMENT[:-3], "nothing is merged, {}/file: it is cut short in line 6"),
+        (DOCUMENT.replace('"snatches": 9', '"snatches": -9'), "file: line 5: snatches"),
+        (
+            DOCUMENT.replace('ion": 1', 'ion": 2'),
+            "newer BitBreeze, in format 2: upgrade",
+        ),
+    ],
+)
+def test_nothing_is_imported_of_a_bad_file(tmp_path, text, part):
+    if text is not None:
+        (tmp_path / "file").write_text(text)
+    ended = run("import", tmp_path / "file", TRACKER_DATA=tmp_path / "data")
+    check_sentence(ended, part.format(tmp_path))
+    assert ended.returncode == 1
+    assert not (tmp_path / "data").exists()
+
+
+def broken():
+    raise OSError(28, "No space left on device", "a file")
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("end", "part"),
+    [(broken, "a file: No space left on device"), (interrupted, "Ctrl-C")],
+)
+def test_an_import_that_stops_says_where(tmp_path, end, part):
+    settings = bitbreeze.load_settings({"data": str(tmp_path)}, {}, os.devnull)
+    merging = bitbreeze.Merging(bitbreeze.open_tracker(settings))
+    entries = bitbreeze.read_archive(io.BytesIO(now_document().encode()))
+    with pytest.raises(click.ClickException) as raised:
+        bitbreeze._merge_all(merging, itertools.chain(entries, iter(end, None)))
+    assert str(raised.value) == (
+        f"stopped by {part}. Merged are 1 swarms with 2 peers and 2 hours of history."
+        " Import it again for the rest"
+    )
+
+
+def test_root_does_not_write_what_the_server_cannot_use(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    real = os.stat
+    monkeypatch.setattr(
+        os, "stat", lambda path: os.stat_result([*real(path)[:4], 33, *real(path)[5:]])
+    )
+    with pytest.raises(click.ClickException, match="with sudo -u '#33'"):
+        bitbreeze._check_user(tmp_path)
+    bitbreeze._check_user(tmp_path / "none")
+
+
+def test_progress_is_for_terminals_only(monkeypatch, capsys):
+    assert list(bitbreeze._with_progress(range(3), "done")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(time, "monotonic", itertools.count().__next__)
+    assert list(bitbreeze._with_progress(range(3), "done")) == [0, 1, 2]
+    assert "\r3 done" in capsys.readouterr().err
+
+
+def test_a_tracker_moves_while_both_serve(tmp_path):
+    """Whoever was acknowledged before the export is met at the other tracker."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    ports = free_port(), free_port()
+    with (
+        serving(gunicorn(ports[0]), ports[0], {"TRACKER_DATA": str(here)}) as old,
+        serving(gunicorn(ports[1]), ports[1], {"TRACKER_DATA": str(there)}) as new,
+    ):
+        known, is_over = [], Event()
+
+        def announce_on():
+            while not is_over.is_set():
+                number = len(known)
+                who = b"-MOVING-%012d" % number
+                left = {"left": 0, "event": "completed"} if number % 2 else {"left": 1}
+                announce(old.url, HASHES[number % 3], who, 2000 + number, **left)
+                known.append(number)
+
+        clients = Thread(target=announce_on)
+        clients.start()
+        try:
+            poll(lambda: len(known) > 300, 60, "300 announces")
+            before = len(known)
+            ended = run("export", tmp_path / "file", TRACKER_DATA=here)
+            announce(new.url, HASHES[0], b"-HERE---------------", 1999, left=1)
+            assert ended.returncode == 0, ended.stderr
+            ended = run("import", tmp_path / "file", TRACKER_DATA=there)
+            assert ended.returncode == 0, ended.stderr
+        finally:
+            is_over.set()
+            clients.join()
+        met = set()
+        for info_hash in HASHES[:3]:
+            for _ in range(50):
+                asked = {"left": 1, "numwant": 100}
+                reply = announce(new.url, info_hash, PEER, 7000, **asked)[b"peers"]
+                met |= {int.from_bytes(reply[i + 4 : i + 6], "big") - 2000
+                        for i in range(0, len(reply), 6)}  # fmt: skip
+        assert met - {-1} >= set(range(before))
+        snatches = scrape(new.url, *HASHES[:3])[b"files"].values()
+        assert sum(each[b"downloaded"] for each in snatches) >= before // 2
+        assert "Traceback" not in old.log() + new.log()
+
+
 def check_answers(server):
     """Fail unless a server answers announces, a scrape of 60, and the front page."""
     announce(server.url, HASHES[7], PEER, 7000, left=0)
@@ -213,13 +427,14 @@ def data(folder):
     return {"TRACKER_DATA": str(folder / "data")}
 
 
-def run(*options, **settings):
+def run(*options, typed=None, **settings):
     """Run app.py until it ends by itself; return how it ended."""
     kept = {n: v for n, v in os.environ.items() if not n.startswith("TRACKER_")}
     return subprocess.run(
         [*APP, *map(str, options)],
         cwd=ROOT,
         env={**kept, **{name: str(value) for name, value in settings.items()}},
+        input=typed,
         capture_output=True,
         text=True,
         timeout=20,

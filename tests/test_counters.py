@@ -117,7 +117,7 @@ def test_threads_count_exactly(tmp_path):
 
 @pytest.mark.parametrize(
     "data",
-    [b"x", b"cntr\x02" + bytes(507), bytes(512), b"cntr\x01\0\0\0" + b"\xff" * 504],
+    [b"x", b"cntr\0" + bytes(507), bytes(512), b"cntr\x01\0\0\0" + b"\xff" * 504],
     ids=["short", "another version", "zeros", "too big"],
 )
 def test_a_damaged_file_is_set_aside(tmp_path, caplog, data):
@@ -129,6 +129,17 @@ def test_a_damaged_file_is_set_aside(tmp_path, caplog, data):
     assert announces(tmp_path) == 4
     assert (tmp_path / "0.damaged").read_bytes() == data
     assert [record.message[-9:] for record in caplog.records] == ["0.damaged"]
+
+
+def test_a_file_of_a_newer_version_is_left_alone(tmp_path, caplog):
+    data = b"cntr\x02" + bytes(3000)
+    (tmp_path / "0").write_bytes(data)
+    counters = bitbreeze.Counters(tmp_path)
+    count(counters, 3)
+    assert announces(tmp_path) == 3
+    assert (tmp_path / "0").read_bytes() == data
+    assert sorted(os.listdir(tmp_path)) == ["0", "1"]
+    assert not caplog.records
 
 
 def test_a_damaged_file_that_cannot_be_kept_is_written_over(tmp_path, caplog):

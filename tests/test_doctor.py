@@ -7,6 +7,7 @@ import sys
 import time
 from collections import namedtuple
 from contextlib import contextmanager
+from pathlib import Path
 from socketserver import ThreadingMixIn
 from threading import Thread
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -200,12 +201,20 @@ def foreign_clock(_, patch):
     patch.setattr(bitbreeze, "_examine_clock", lambda now, _: examine(now, now + 90))
 
 
+def newer(client, _):
+    client.announce()
+    (path,) = Path(client.app.tracker.store.folder).glob("swarms/*/*")
+    with open(path, "r+b") as file:
+        file.write(b"swrm\x02")
+
+
 @pytest.mark.parametrize(
     ("spoil", "level", "text"),
     [
         (one_address, WARNING, "All 5 peers looked at come from 192.0.2.1."),
         (private_address, WARNING, "1 peers have private addresses."),
         (damage, WARNING, "1 damaged swarm files are in"),
+        (newer, FAILURE, " was written by a newer BitBreeze, others may be, too."),
         (no_locks, FAILURE, "do not exclude two threads"),
         (no_locks, FAILURE, "do not exclude two processes"),
         (no_space, WARNING, "has room for 0 MB and 10 files"),

@@ -1,6 +1,7 @@
 """History: a sample an hour, whoever takes it, and a month of them."""
 
 import errno
+import os
 import time
 
 import pytest
@@ -95,7 +96,7 @@ def test_a_clock_that_jumps_neither_floods_nor_stops_it(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("data", [b"hist", b"hist\x02" + bytes(11920), b"?" * 3000])
+@pytest.mark.parametrize("data", [b"hist", b"hist\0" + bytes(11920), b"?" * 3000])
 def test_a_damaged_history_is_set_aside(tmp_path, caplog, data):
     (tmp_path / "history").write_bytes(data)
     history = bitbreeze.History(tmp_path / "history")
@@ -105,6 +106,52 @@ def test_a_damaged_history_is_set_aside(tmp_path, caplog, data):
     assert times(history, NOON + HOUR) == [NOON, NOON + HOUR]
     assert (tmp_path / "history.damaged").read_bytes() == data
     assert len(caplog.records) == 1
+
+
+HERE = [(1, 1, 1, NOON - hour * HOUR) for hour in (0, 1, 5)]
+MERGES = {
+    "others": [(2, 2, 2, NOON - hour * HOUR + 9) for hour in (2, 9, 743)],
+    "the same hours": [(2, 2, 2, NOON - hour * HOUR + 9) for hour in (0, 1, 5)],
+    "both": [(2, 2, 2, NOON - hour * HOUR + 9) for hour in (1, 2, 3)],
+    "too old": [(2, 2, 2, NOON - hour * HOUR) for hour in (744, 745, 9999)],
+    "of tomorrow": [(2, 2, 2, NOON + hour * HOUR) for hour in (1, 24)],
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("there", MERGES.values(), ids=MERGES)
+@pytest.mark.parametrize("here", [HERE, []])
+def test_histories_are_merged_by_the_hour(tmp_path, here, there):
+    history, now = bitbreeze.History(tmp_path / "data/history"), NOON + 1800
+    assert history.merge([bitbreeze.Sample(*each) for each in here], now) == len(here)
+    hours = {each[3] // HOUR: each for each in there}
+    hours |= {each[3] // HOUR: each for each in here}
+    merged = sorted(
+        (each for hour, each in hours.items() if -744 < hour - NOON // HOUR <= 0),
+        key=lambda each: each[3],
+    )
+    samples = [bitbreeze.Sample(*each) for each in there]
+    assert history.merge(samples, now) == len(merged) - len(here)
+    assert history.merge(samples, now) == 0
+    assert history.samples(now) == merged
+    run(history, Swarms(1), now + HOUR)
+    assert len(history.samples(now + HOUR)) in (len(merged), len(merged) + 1)
+
+
+def test_a_history_of_a_newer_version_is_left_alone(tmp_path, caplog):
+    data = b"hist\x02" + bytes(11920)
+    (tmp_path / "history").write_bytes(data)
+    history = bitbreeze.History(tmp_path / "history")
+    for hour in range(3):
+        run(history, Swarms(1), NOON + hour * HOUR)
+    assert history.samples(NOON + 3 * HOUR) == []
+    with pytest.raises(bitbreeze.NewerError):
+        history.merge([bitbreeze.Sample(1, 1, 1, NOON)], NOON)
+    assert (tmp_path / "history").read_bytes() == data
+    assert os.listdir(tmp_path) == ["history"]
+    assert [record.message[-26:] for record in caplog.records] == [
+        "a newer BitBreeze wrote it"
+    ]
 
 
 def test_a_torn_sample_is_none(tmp_path):

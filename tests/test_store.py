@@ -58,8 +58,8 @@ def endpoint(peer):
 def make_store(request, tmp_path):
     """A function that makes a store of each kind; all are of the same data."""
 
-    def make(**overrides):
-        return request.param(tmp_path / "data", make_settings(**overrides))
+    def make(folder="data", **overrides):
+        return request.param(tmp_path / folder, make_settings(**overrides))
 
     return make
 
@@ -317,6 +317,159 @@ def test_dropped_swarms_make_room(make_store):
     Swarm(store, b"d" * 20).announce(1, later)
 
 
+def mixed(store, number, now=NOW):
+    """Announce to a store, as each of three does who have all kinds of peers."""
+    for info_hash, size in ((HASH, number), (HASH[::-1], 3)):
+        swarm = Swarm(store, info_hash)
+        for peer in range(size):
+            seen, left = now + peer % 7, peer % 2
+            address = (ipv4 if peer % 3 else ipv6)(peer)
+            swarm.announce(peer, seen, port=peer * 99 % 65536, left=1, address=address)
+            if peer % 5 == 0:
+                fields = {"left": left, "event": "completed", "address": ipv6(peer)}
+                swarm.announce(peer, seen + 1, port=peer, **fields)
+            if peer % 11 == 0:
+                swarm.announce(peer, seen + 2, event="paused", address=ipv4(peer))
+    Swarm(store, b"e" * 20).announce(1, now, event="completed", left=0)
+    Swarm(store, b"e" * 20).announce(1, now, event="stopped")
+
+
+def known(store, now=NOW + 10):
+    """Return (snatches, peers) of all swarms of a store."""
+    found = {}
+    for info_hash, snatches, peers in store.records(now):
+        found[info_hash] = snatches, sorted(peers)
+    return found
+
+
+@pytest.mark.parametrize("number", [0, 3, 70, 71, 1000])
+def test_restored_swarms_are_those_they_were(make_store, number):
+    now, store, other = NOW + 10, make_store(), make_store("other")
+    mixed(store, number)
+    for _ in range(2):
+        for info_hash, snatches, peers in store.records(now):
+            done = other.restore(info_hash, snatches, peers, now)
+            assert done == (len(known(store)[info_hash][1]), 0, 0)
+        assert known(other) == known(store)
+        assert dict(other.swarms(now)) == dict(store.swarms(now))
+    assert len(known(store)) == 2 + bool(number)
+    met = [Swarm(each).announce(5, now, wanted=2000)[1] for each in (store, other)]
+    if number <= 70:  # of several pages, not all peers are handed out
+        assert len({frozenset(endpoints(peers.endpoints4)) for peers in met}) == 1
+
+
+def test_records_of_a_swarm_stay_as_they_were(swarm):
+    for peer in range(100):
+        swarm.announce(peer)
+    ((_, _, peers),) = swarm.store.records(NOW)
+    for peer in range(100):
+        swarm.announce(peer, NOW + 5, left=0)
+    assert {(record.seen4, is_seeder) for record, is_seeder in peers} == {(NOW, False)}
+
+
+def record(seen4=0, seen6=0, address=1, key=5, state=0):
+    """Return the Record of peer 1 as another tracker could have it."""
+    end4, end6 = bitbreeze._NOWHERE4, bitbreeze._NOWHERE6
+    end4 = ipv4(address) + b"\x10\x01" if seen4 else end4
+    end6 = ipv6(address) + b"\x10\x01" if seen6 else end6
+    return bitbreeze.Record(peer_id(1), key, state, seen4, seen6, end4, end6)
+
+
+SEEDER, LEECHER = True, False
+OLD, NEW, HAD = NOW - 100, NOW - 50, bitbreeze.SNATCHED
+MERGED = {
+    "new": (None, (record(NEW), SEEDER), (record(NEW), SEEDER)),
+    "same": ((record(OLD), LEECHER), (record(OLD), LEECHER), (record(OLD), LEECHER)),
+    "of another time and place": (
+        (record(OLD), LEECHER), (record(NEW, 0, 2, 6), SEEDER),
+        (record(NEW, 0, 2, 6), SEEDER),
+    ),
+    "of the same time": (
+        (record(NEW), LEECHER), (record(NEW, 0, 2, 6), SEEDER), (record(NEW), LEECHER),
+    ),
+    "of another family": (
+        (record(NEW), SEEDER), (record(0, OLD), LEECHER), (record(NEW, OLD), SEEDER),
+    ),
+    "each newer in a family": (
+        (record(OLD, NEW), SEEDER), (record(NEW, OLD), LEECHER),
+        (record(NEW, NEW), SEEDER),
+    ),
+    "snatched there": (
+        (record(NEW), SEEDER), (record(OLD, state=HAD), SEEDER),
+        (record(NEW, state=HAD), SEEDER),
+    ),
+    "snatched here": (
+        (record(OLD, state=HAD), SEEDER), (record(NEW), SEEDER),
+        (record(NEW, state=HAD), SEEDER),
+    ),
+    "partial no more": (
+        (record(OLD, state=bitbreeze.PARTIAL), LEECHER), (record(NEW), LEECHER),
+        (record(NEW), LEECHER),
+    ),
+    "seen tomorrow": (
+        (record(OLD), LEECHER), (record(NOW + 9**5), SEEDER), (record(NOW), SEEDER),
+    ),
+    "expired": ((record(NEW), SEEDER), (record(1), LEECHER), (record(NEW), SEEDER)),
+    "expired in a family": (None, (record(NEW, 1), LEECHER), (record(NEW), LEECHER)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("here", "there", "merged"), MERGED.values(), ids=MERGED)
+@pytest.mark.parametrize("others", [0, 200])
+def test_what_two_trackers_know_is_merged(make_store, here, there, merged, others):
+    swarm = Swarm(make_store())
+    for peer in range(others):
+        swarm.announce(1000 + peer)
+    for each in (here, there, there):
+        if each:
+            swarm.store.restore(HASH, 0, [each], NOW)
+    seeders, leechers, partial, _ = swarm.counts()
+    assert (seeders, leechers) == (merged[1], others + (not merged[1]))
+    assert partial == merged[0].state & bitbreeze.PARTIAL
+    ((_, _, peers),) = swarm.store.records(NOW)
+    assert [each for each in peers if each[0].peer_id == peer_id(1)] == [merged]
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "merged"), [(0, 3, 3), (3, 3, 3), (3, 2, 3), (3, 5, 5)]
+)
+def test_the_larger_number_of_snatches_stays(swarm, here, there, merged):
+    swarm.store.restore(HASH, here, [], NOW)
+    swarm.store.restore(HASH, there, iter([(record(NEW), LEECHER)]), NOW)
+    assert swarm.counts() == (0, 1, 0, merged)
+
+
+@pytest.mark.parametrize("ahead", [0, 5000, -5000, 20 - NOW])
+def test_records_are_in_seconds_of_the_clock(tmp_path, make_store, ahead):
+    settings = make_settings()
+    here = bitbreeze.FileStore(tmp_path / "x", settings, lambda now: now + ahead)
+    there = bitbreeze.FileStore(tmp_path / "y", settings, lambda now: now - 70)
+    for store in (here, there):
+        store.restore(HASH, 0, [(record(NOW - 10, NOW - 15), SEEDER)], NOW)
+        assert known(store, NOW) == {HASH: (0, [(record(NOW - 10, NOW - 15), SEEDER)])}
+        assert Swarm(store).counts(NOW + TTL - 10) == (1, 0, 0, 0)
+        assert Swarm(store).counts(NOW + TTL) == (0, 0, 0, 0)
+
+
+def test_nothing_is_made_of_nobody(swarm):
+    assert swarm.store.restore(HASH, 0, [(record(1), SEEDER)], NOW) == (0, 1, 0)
+    assert list(swarm.store.swarms(NOW)) == list(swarm.store.records(NOW)) == []
+    assert swarm.store.restore(HASH, 7, [(record(1), SEEDER)], NOW) == (0, 1, 0)
+    assert known(swarm.store) == {HASH: (7, [])}
+
+
+def test_limits_hold_for_the_restored(make_store):
+    store = make_store(max_swarms=1, max_peers=3, max_peers_per_address=2)
+    peers = [
+        (record(NOW, 0, n // 3)._replace(peer_id=peer_id(n)), SEEDER) for n in range(6)
+    ]
+    assert store.restore(HASH, 1, peers, NOW) == (3, 0, 3)
+    assert store.restore(HASH, 1, peers, NOW) == (3, 0, 3)
+    assert Swarm(store).counts() == (3, 0, 0, 1)
+    with pytest.raises(bitbreeze.TrackerError, match="this tracker is full"):
+        store.restore(b"i" * 20, 1, peers, NOW)
+
+
 class Model:
     """What a store should say, with a dictionary for memory; one family, no limits."""
 
@@ -412,7 +565,8 @@ DAMAGES = {
     "cut in a later page": lambda data: data[:-1],
     "random": lambda data: random.Random(1).randbytes(len(data)),
     "random in a later page": lambda data: data[:8192] + os.urandom(9000),
-    "another version": lambda data: data[:4] + b"\2" + data[5:],
+    "an older version": lambda data: data[:4] + b"\0" + data[5:],
+    "another version in a later page": lambda data: data[:8196] + b"\2" + data[8197:],
     "of another swarm": lambda data: data[:16] + b"x" * 20 + data[36:],
     "something else": lambda data: b"<html>" * 1000,
 }  # fmt: skip
@@ -440,6 +594,69 @@ def test_damaged_files_are_set_aside(make_store, caplog, damage, is_open):
     assert len(caplog.records) == 1
     assert "was damaged" in caplog.text
     assert Path(swarm.store.folder, "damaged", HASH.hex()).exists()
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_files_of_a_newer_version_are_left_alone(make_store, caplog, is_open):
+    swarm = Swarm(make_store())
+    for info_hash in (HASH, b"n" * 20):
+        Swarm(swarm.store, info_hash).announce(1)
+    paths = [swarm_path(swarm.store, each) for each in (HASH, b"n" * 20)]
+    Swarm(swarm.store, b"o" * 20).announce(1)
+    for path in paths:
+        with open(path, "r+b") as file:
+            file.write(b"swrm\x02")
+    kept = [path.read_bytes() for path in paths]
+    swarm = swarm if is_open else Swarm(make_store())
+    for info_hash in (HASH, HASH, b"n" * 20):
+        with pytest.raises(bitbreeze.TrackerError, match="Operator: upgrade this one"):
+            Swarm(swarm.store, info_hash).announce(1, NOW + 1)
+    assert swarm.announce(1, NOW + 1, event="stopped")[0] == (0, 0, 0, 0)
+    assert swarm.counts(NOW + 10**8) == (0, 0, 0, 0)
+    assert dict(swarm.store.swarms(NOW)) == {b"o" * 20: (0, 1, 0, 0)}
+    swarm.store.tidy(NOW + 10**8)
+    assert [path.read_bytes() for path in paths] == kept
+    assert not Path(swarm.store.folder, "damaged").exists()
+    assert [record.message[: 11 + len(str(paths[0]))] for record in caplog.records] == [
+        f"swarm file {paths[0]}"
+    ]
+    assert "was written by a newer BitBreeze" in caplog.text
+    for path in paths:  # the operator has gone back, or the other has converted it
+        with open(path, "r+b") as file:
+            file.write(b"swrm\x01")
+    assert swarm.announce(1, NOW + 2)[0] == (0, 1, 0, 0)
+
+
+def first_page(info_hash, number):
+    """Return a swarm file of format 1 as FileStore describes it, but for its code.
+
+    In it are so many seeders, each with a key and an endpoint of both families.
+    """
+    head = struct.pack("<4sBBBBII", b"swrm", 1, number, 0, 0, 0, NOW)
+    head += info_hash + b"saltsalt" + struct.pack("<IIII", 1, number, 0, 0)
+    head += struct.pack("<QIIB", 77, 0, 0, 0)
+    whos, ends4, ends6 = b"", b"", b""
+    for peer in range(number):
+        whos += peer_id(peer) + struct.pack("<IBII", 5, 2, NOW, NOW)
+        ends4 += endpoint(peer)
+        ends6 += ipv6(peer) + endpoint(peer)[4:]
+    page = head.ljust(106, b"\0") + whos.ljust(2310, b"\0")
+    return page + ends4.ljust(420, b"\0") + ends6.ljust(1260, b"\0")
+
+
+def test_files_of_format_1_are_read(make_store):
+    """Whatever comes after it: this file is what trackers have on their disks."""
+    swarm = Swarm(make_store())
+    path = swarm_path(swarm.store)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(first_page(HASH, 3))
+    assert swarm.counts() == (3, 0, 0, 77)
+    _, peers = swarm.announce(9, address=ipv6(9))
+    found = endpoints(peers.endpoints6, 18)
+    assert sorted(found) == [ipv6(peer) + endpoint(peer)[4:] for peer in range(3)]
+    with pytest.raises(bitbreeze.TrackerError, match="another key"):
+        swarm.announce(1, key=6, address=ipv4(99))
+    assert swarm.announce(1, left=0, event="completed")[0].snatches == 77
 
 
 def test_emptied_file_is_a_new_swarm(swarm, caplog):
@@ -842,7 +1059,7 @@ def test_even_seconds_never_go_back_when_the_computer_starts(
     assert computer.process()(computer.set) == NOW + after + HOUR
 
 
-@pytest.mark.parametrize("data", [b"", b"clck", b"clck\x02" + bytes(43), b"?" * 48])
+@pytest.mark.parametrize("data", [b"", b"clck", b"clck\0" + bytes(43), b"?" * 48])
 def test_a_clock_file_of_no_use_is_written_anew(tmp_path, data):
     computer = Computer(tmp_path)
     computer.path.write_bytes(data)
@@ -856,6 +1073,15 @@ def test_where_the_start_is_not_told_even_seconds_are_those_of_the_clock(tmp_pat
     for now in (NOW, NOW + DAY, NOW - DAY):
         assert clock(now) == now
     assert not (tmp_path / "clock").exists()
+
+
+def test_the_clock_of_a_newer_version_is_left_alone(tmp_path):
+    path, data = tmp_path / "clock", b"clck\x02" + bytes(43)
+    path.write_bytes(data)
+    clock = bitbreeze.EvenClock(path, b"b" * 16, lambda: 5)
+    for now in (NOW, NOW + 1, NOW + DAY):
+        assert clock(now) == now
+    assert path.read_bytes() == data
 
 
 @pytest.mark.parametrize("jump", [DAY, -DAY])
@@ -877,3 +1103,26 @@ def test_a_clock_that_is_set_makes_nobody_look_gone_or_stay(tmp_path, settings, 
     computer.wait(2)
     for store in reversed(stores):
         assert store.scrape([HASH], computer.set)[HASH].leechers == 0
+
+
+@pytest.mark.parametrize("kind", ["kill", "error"])
+@pytest.mark.parametrize("here", [0, 69, 119])
+def test_a_restore_that_fails_at_any_call_is_done_again(make_store, kind, here):
+    """Whoever was there stays, and those restored until then; the rest comes later."""
+    source = Swarm(make_store("source"))
+    for peer in range(60, 160):
+        source.announce(peer)
+    ((_, _, peers),) = source.store.records(NOW)
+    restore = HASH, 3, list(peers), NOW
+    for calls in (*range(12), 20, 50):
+        swarm = Swarm(make_store(str(calls)))
+        for peer in range(here):
+            swarm.announce(peer)
+        assert Faulty(kind, calls).strike(lambda it: it.store.restore(*restore), swarm)
+        if kind == "kill":
+            swarm = Swarm(make_store(str(calls)))
+        assert here <= swarm.counts().leechers <= max(100, 160 * (here > 0))
+        assert swarm.store.restore(*restore) == (100, 0, 0)
+        assert swarm.counts() == (0, 160 if here > 60 else 100, 0, 3)
+        assert list(swarm.store.swarms(NOW))
+        check_number(swarm.store)

@@ -303,8 +303,8 @@ def filled_at_random(data):
     return random.Random(1).randbytes(len(data))
 
 
-def of_another_version(data):
-    return data[:4] + b"\x02" + data[5:]
+def of_no_version(data):
+    return data[:4] + b"\x00" + data[5:]
 
 
 def with_wrong_counts(data):
@@ -319,7 +319,7 @@ DAMAGES = (
     cut_short,
     cut_behind_the_head,
     filled_at_random,
-    of_another_version,
+    of_no_version,
     with_wrong_counts,
     of_another_swarm,
 )

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import logging
 import os
 import re
@@ -299,6 +300,7 @@ def test_a_damaged_memory_is_as_none(tmp_path):
         b"{",
         b"[]",
         b'{"1": []}',
+        b'{"x": [], "": 1, "-2": 0}',
         b'{"1": {"a.torrent": []}}',
         b"\xff",
     ):
@@ -306,6 +308,23 @@ def test_a_damaged_memory_is_as_none(tmp_path):
         known = catalogue(tmp_path)
         known.look(NOW, 1)
         assert names(known) == ["a"]
+
+
+def test_two_versions_keep_their_memories_side_by_side(tmp_path):
+    folder, memo = tmp_path / "torrents", tmp_path / "data/torrents.json"
+    folder.mkdir()
+    memo.parent.mkdir()
+    memo.write_text('{"0": {"old": 1}, "2": {"a.torrent": "as they like"}}')
+    (folder / "a.torrent").write_bytes(torrent_of("a"))
+    known = catalogue(tmp_path)
+    known.look(NOW, 1)
+    kept = json.loads(memo.read_text())
+    assert kept["2"] == {"a.torrent": "as they like"}
+    assert kept.keys() == {"1", "2"}
+    memo.write_text('{"2": {}}')  # the newer version has dropped what is ours
+    known.look(NOW + 100, 1)
+    assert names(known) == ["a"]
+    assert memo.read_text() == '{"2": {}}'  # nothing is new: nothing to be written
 
 
 def test_details_are_those_of_the_file():
