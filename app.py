@@ -192,7 +192,11 @@ def load_settings(overrides=None, environ=os.environ, ini=HERE / "wsgi.ini"):
 def _read_ini(path):
     # The file is uWSGI's too, whose sections may say the same key twice.
     parser = configparser.ConfigParser(interpolation=None, strict=False)
-    parser.read(path, encoding="utf-8")
+    try:
+        parser.read(path, encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise SettingsError(f"{path} cannot be read: {reason}") from None
     return dict(parser["tracker"]) if parser.has_section("tracker") else {}
 
 
