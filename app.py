@@ -761,7 +761,8 @@ class Record(NamedTuple):
 
 _PAGE_HEAD = struct.Struct("<5sBBBII")
 _SWARM_HEAD = struct.Struct("<20s8sIIIIQIIB")
-_HEADS = _PAGE_HEAD.size + _SWARM_HEAD.size
+_CHECKED = _PAGE_HEAD.size + _SWARM_HEAD.size  # what follows is its checksum
+_HEADS = _CHECKED + 4
 _HASHES = struct.Struct("<II")
 _WHO = struct.Struct("<20sIBII")  # a Record without the endpoints
 _SEEN4_AT, _SEEN6_AT = 25, 29  # of that
@@ -1038,11 +1039,17 @@ class Swarm:
         """Take in the first page, of 4096 bytes, or none in a new file."""
         self.first = None
         first = Page(0, data) if data else self._new_first()
-        head = _SWARM_HEAD.unpack_from(first.data, _PAGE_HEAD.size)
+        raw, stored = (
+            first.data[_PAGE_HEAD.size : _CHECKED],
+            first.data[_CHECKED:_HEADS],
+        )
+        if stored not in (_checksum(raw), bytes(4)):
+            raise DamagedError("its head does not have its checksum")
+        head = _SWARM_HEAD.unpack(raw)
         info_hash, self.salt, self.pages = head[:3]
         self.snatches, self.recount_at, self.emptied, self.state = head[6:]
         self.tally = head[3:6] if self.pages > 1 else first.counted
-        if self.state == RETIRED and not self.tally[0]:
+        if self.state == RETIRED:
             raise RetiredError
         if info_hash != self.info_hash or not self.pages or self.state > CHANGING:
             raise DamagedError("its head is not that of this swarm")
@@ -1161,7 +1168,7 @@ class Swarm:
 
     def condemn(self):
         """Tell all others who have the file open that it is damaged."""
-        self._pwrite(bytes((CONDEMNED,)), _HEADS - 1)
+        self._pwrite(bytes((CONDEMNED,)), _CHECKED - 1)
 
     def _choose(self, *ask):
         """Return up to ``wanted`` Peers, of a random page first; see Page.pick."""
@@ -1382,10 +1389,11 @@ class Swarm:
 
     def _head(self):
         self.emptied = 0 if self.tally[0] else self.emptied or self.now
-        return _SWARM_HEAD.pack(
+        head = _SWARM_HEAD.pack(
             *(self.info_hash, self.salt, self.pages, *self.tally),
             *(self.snatches, self.recount_at, self.emptied, self.state),
         )
+        return head + _checksum(head)
 
     def _pwrite(self, data, at):
         if os.pwrite(self.fd, data, at) != len(data):
@@ -1395,6 +1403,10 @@ class Swarm:
 NOBODY, NOTHING = Peers(b"", b"", b""), Counts(0, 0, 0, 0)
 _ABSENT = Record(b"", 0, 0, 0, 0, _NOWHERE4, _NOWHERE6)
 _LOOPBACK6 = bytes(15) + b"\1"
+
+
+def _checksum(head):
+    return zlib.crc32(head).to_bytes(4, "little")
 
 
 def _is_seeder(announce):
@@ -1448,7 +1460,7 @@ class FileStore(Store):
              5      3  peers, leechers among them, partial seeds among these
              8      4  number of this page
             12      4  seconds since 1970: no endpoint here was last seen before
-            16     61  page 0 only: the head of the swarm
+            16     65  page 0 only: the head of the swarm
            106   2310  70 times peer_id 20, key 4, state 1, seen on IPv4 4, on IPv6 4
           2416    420  70 IPv4 endpoints
           2836   1260  70 IPv6 endpoints
@@ -1463,6 +1475,7 @@ class FileStore(Store):
             68      4  when to recount at the latest, if there are several pages
             72      4  since when nobody is in the swarm, or 0
             76      1  0 quiet, 1 changing, 2 retired, 3 condemned
+            77      4  CRC-32 of these 61 bytes, or 0 where that is not known
 
     Up to 70 peers share one page with the head. Then the file grows a page at a time
     (linear hashing), and a peer is in one of two pages that its hashed peer_id names:
