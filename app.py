@@ -2060,7 +2060,8 @@ class Catalogue:
 
     def _recall(self):
         """Read what all processes know, if that has changed."""
-        with suppress(OSError, ValueError):
+        # It is data of ours, but a disk may give back anything.
+        with suppress(OSError, ValueError, RecursionError):
             at = os.stat(self._memo_path)
             signature = at.st_mtime_ns, at.st_ino
             if signature != self._memo_signature:
@@ -2091,12 +2092,26 @@ class Catalogue:
 def _checked_memo(memo):
     """Return what a memo says of each path; {} for what is not one."""
     known = memo.get("1") if isinstance(memo, dict) else None
-    width = len(Torrent._fields)
     if not isinstance(known, dict):
         return {}
-    return {
-        p: m for p, m in known.items() if isinstance(m, list) and len(m) in (2, width)
-    }
+    return {p: m for p, m in known.items() if isinstance(m, list) and _is_memo(p, *m)}
+
+
+def _is_memo(path, signature=None, *known):
+    """Return whether what a memo says of a path is a reason, or a Torrent."""
+    try:
+        if len(known) == 1:
+            return isinstance(known[0], str) and bool(known[0].encode())
+        torrent = _from_json(path, known)
+        torrent.name.encode()
+        numbers = torrent.size, torrent.files, torrent.added
+        return (
+            all(_is_number(number, 0) for number in numbers)
+            and {len(i) for i in torrent.info_hashes()} == {20}
+            and type(torrent.is_private) is bool
+        )
+    except (AttributeError, TypeError, ValueError):  # of another type, or not text
+        return False
 
 
 def _changed_at(folder):
