@@ -199,7 +199,11 @@ def load_settings(overrides=None, environ=os.environ, ini=HERE / "wsgi.ini"):
 def _read_ini(path):
     # The file is uWSGI's too, whose sections may say the same key twice.
     parser = configparser.ConfigParser(interpolation=None, strict=False)
-    parser.read(path, encoding="utf-8")
+    try:
+        parser.read(path, encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise SettingsError(f"{path} cannot be read: {reason}") from None
     return dict(parser["tracker"]) if parser.has_section("tracker") else {}
 
 
@@ -827,7 +831,8 @@ class Restored(NamedTuple):
 
 _PAGE_HEAD = struct.Struct("<5sBBBII")
 _SWARM_HEAD = struct.Struct("<20s8sIIIIQIIB")
-_HEADS = _PAGE_HEAD.size + _SWARM_HEAD.size
+_CHECKED = _PAGE_HEAD.size + _SWARM_HEAD.size  # what follows is its checksum
+_HEADS = _CHECKED + 4
 _HASHES = struct.Struct("<II")
 _WHO = struct.Struct("<20sIBII")  # a Record without the endpoints
 _SEEN4_AT, _SEEN6_AT = 25, 29  # of that
@@ -1108,11 +1113,17 @@ class Swarm:
         if _is_newer(data, MAGIC):
             raise NewerError
         first = Page(0, data) if data else self._new_first()
-        head = _SWARM_HEAD.unpack_from(first.data, _PAGE_HEAD.size)
+        raw, stored = (
+            first.data[_PAGE_HEAD.size : _CHECKED],
+            first.data[_CHECKED:_HEADS],
+        )
+        if stored not in (_checksum(raw), bytes(4)):
+            raise DamagedError("its head does not have its checksum")
+        head = _SWARM_HEAD.unpack(raw)
         info_hash, self.salt, self.pages = head[:3]
         self.snatches, self.recount_at, self.emptied, self.state = head[6:]
         self.tally = head[3:6] if self.pages > 1 else first.counted
-        if self.state == RETIRED and not self.tally[0]:
+        if self.state == RETIRED:
             raise RetiredError
         if info_hash != self.info_hash or not self.pages or self.state > CHANGING:
             raise DamagedError("its head is not that of this swarm")
@@ -1272,7 +1283,7 @@ class Swarm:
 
     def condemn(self):
         """Tell all others who have the file open that it is damaged."""
-        self._pwrite(bytes((CONDEMNED,)), _HEADS - 1)
+        self._pwrite(bytes((CONDEMNED,)), _CHECKED - 1)
 
     def _choose(self, *ask):
         """Return up to ``wanted`` Peers, of a random page first; see Page.pick."""
@@ -1503,10 +1514,11 @@ class Swarm:
 
     def _head(self):
         self.emptied = 0 if self.tally[0] else self.emptied or self.now
-        return _SWARM_HEAD.pack(
+        head = _SWARM_HEAD.pack(
             *(self.info_hash, self.salt, self.pages, *self.tally),
             *(self.snatches, self.recount_at, self.emptied, self.state),
         )
+        return head + _checksum(head)
 
     def _pwrite(self, data, at):
         _write(self.fd, data, at)
@@ -1545,6 +1557,10 @@ def _is_at(path, fd):
 def _is_newer(data, magic):
     """Return whether a file begins as one of a newer version: a name, then a byte."""
     return data[:4] == magic[:4] and data[4:5] > magic[4:5]
+
+
+def _checksum(head):
+    return zlib.crc32(head).to_bytes(4, "little")
 
 
 def _is_seeder(announce):
@@ -1732,7 +1748,7 @@ class FileStore(Store):
              5      3  peers, leechers among them, partial seeds among these
              8      4  number of this page
             12      4  seconds since 1970: no endpoint here was last seen before
-            16     61  page 0 only: the head of the swarm
+            16     65  page 0 only: the head of the swarm
            106   2310  70 times peer_id 20, key 4, state 1, seen on IPv4 4, on IPv6 4
           2416    420  70 IPv4 endpoints
           2836   1260  70 IPv6 endpoints
@@ -1747,6 +1763,7 @@ class FileStore(Store):
             68      4  when to recount at the latest, if there are several pages
             72      4  since when nobody is in the swarm, or 0
             76      1  0 quiet, 1 changing, 2 retired, 3 condemned
+            77      4  CRC-32 of these 61 bytes, or 0 where that is not known
 
     Up to 70 peers share one page with the head. Then the file grows a page at a time
     (linear hashing), and a peer is in one of two pages that its hashed peer_id names:
@@ -2418,7 +2435,8 @@ class Catalogue:
 
     def _recall(self):
         """Read what all processes know, if that has changed."""
-        with suppress(OSError, ValueError):
+        # It is data of ours, but a disk may give back anything.
+        with suppress(OSError, ValueError, RecursionError):
             at = os.stat(self._memo_path)
             signature = at.st_mtime_ns, at.st_ino
             if signature != self._memo_signature:
@@ -2450,12 +2468,26 @@ class Catalogue:
 def _checked_memo(memo):
     """Return what a memo says of each path; {} for what is not one."""
     known = memo.get("1") if isinstance(memo, dict) else None
-    width = len(Torrent._fields)
     if not isinstance(known, dict):
         return {}
-    return {
-        p: m for p, m in known.items() if isinstance(m, list) and len(m) in (2, width)
-    }
+    return {p: m for p, m in known.items() if isinstance(m, list) and _is_memo(p, *m)}
+
+
+def _is_memo(path, signature=None, *known):
+    """Return whether what a memo says of a path is a reason, or a Torrent."""
+    try:
+        if len(known) == 1:
+            return isinstance(known[0], str) and bool(known[0].encode())
+        torrent = _from_json(path, known)
+        torrent.name.encode()
+        numbers = torrent.size, torrent.files, torrent.added
+        return (
+            all(_is_number(number, 0) for number in numbers)
+            and {len(i) for i in torrent.info_hashes()} == {20}
+            and type(torrent.is_private) is bool
+        )
+    except (AttributeError, TypeError, ValueError):  # of another type, or not text
+        return False
 
 
 def _newer_memos(memo):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import bencoder
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 for name in [name for name in os.environ if name.startswith("TRACKER_")]:
@@ -14,6 +16,9 @@ for name in [name for name in os.environ if name.startswith("TRACKER_")]:
 import app as bitbreeze  # noqa: E402
 
 NOW = 1_800_000_000
+# What takes long on a machine with other work to do is no fault of what is tested.
+hypothesis_settings.register_profile("patient", deadline=None)
+hypothesis_settings.load_profile("patient")
 
 
 def pytest_addoption(parser):
@@ -25,6 +30,28 @@ def pytest_addoption(parser):
 def is_long(request):
     """Whether to test in full, or as long as anybody who changes something waits."""
     return request.config.getoption("--long")
+
+
+@pytest.fixture
+def cases(is_long):
+    """A function that says how many cases to try: forty times as many in full."""
+    return lambda number: number * (40 if is_long else 1)
+
+
+@pytest.fixture
+def fuzz(cases):
+    """A function that calls a check with so many cases of a strategy."""
+
+    def run(number, strategy, check):
+        slow = [HealthCheck.too_slow, HealthCheck.filter_too_much]
+        limits = hypothesis_settings(
+            max_examples=cases(number),
+            database=None,
+            suppress_health_check=slow,
+        )
+        limits(given(strategy)(lambda case: check(case)))()
+
+    return run
 
 
 @pytest.fixture
@@ -110,3 +137,19 @@ def peer_id(number):
 def endpoints(packed, width=6):
     """Return the endpoints in a compact reply, as a list of bytes."""
     return [packed[i : i + width] for i in range(0, len(packed), width)]
+
+
+def mutated(rnd, data):
+    """Return bytes after a few accidents: flipped, lost, doubled, or written over."""
+    data = bytearray(data)
+    for _ in range(rnd.choice((1, 1, 1, 2, 5))):
+        at, size = rnd.randrange(len(data) + 1), rnd.choice((0, 1, 1, 2, 9, 200))
+        gone = data[at : at + size]
+        data[at : at + size] = rnd.choice(
+            (
+                *(b"", gone * 2, gone[::-1], bytes(len(gone)), rnd.randbytes(size)),
+                bytes(byte ^ 1 << rnd.randrange(8) for byte in gone),
+                rnd.choice((b"i", b"e", b"d", b"l", b"0:", b"-", b"1:x", b"9" * 20)),
+            )
+        )
+    return bytes(data)

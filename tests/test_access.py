@@ -3,11 +3,13 @@
 import itertools
 import logging
 import os
+import random
+import re
 import time
 from collections import Counter
 
 import pytest
-from conftest import NOW, Client, make_settings
+from conftest import NOW, Client, make_settings, mutated
 from test_torrents import torrent_of
 
 import app as bitbreeze
@@ -163,6 +165,22 @@ def test_a_list_with_a_byte_order_mark_and_many_bad_lines(tmp_path):
     assert known.hashes == {HASH}
     assert len(known.problems) == 11
     assert known.problems[-1].endswith("deny.txt: 4 more lines like these, skipped")
+
+
+def test_any_accident_to_a_list_leaves_hashes_and_problems(tmp_path, cases):
+    path, rnd = tmp_path / "allow.txt", random
+    whole = f"# ours\n{HASH.hex()} an ISO\r\n\n {OTHER.hex() * 2}#é\n{'cD' * 20}\nx"
+    for _ in range(cases(5000)):
+        data = mutated(rnd, whole.encode("utf-8-sig"))
+        path.write_bytes(data)
+        known = bitbreeze.HashList(path)
+        assert known.look(NOW) and not known.look(NOW)
+        assert {len(info_hash) for info_hash in known.hashes} <= {20}
+        assert len(known.hashes) + len(known.problems) <= len(data.split())
+        assert all(map(str.encode, known.problems))
+        for line in data.decode("utf-8-sig", "replace").splitlines():
+            if re.fullmatch("[0-9a-f]{40}", line):
+                assert bytes.fromhex(line) in known.hashes
 
 
 @pytest.mark.parametrize("name", ["allow.txt", "deny.txt", "torrents"])

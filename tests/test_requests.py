@@ -1,9 +1,11 @@
 """Requests: what clients send, as values, or as a refusal that says what to do."""
 
+import random
+from contextlib import suppress
 from urllib.parse import quote, urlencode
 
 import pytest
-from conftest import make_settings, peer_id
+from conftest import make_settings, mutated, peer_id
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -148,10 +150,61 @@ def test_scrape_takes_many_hashes():
     assert bitbreeze.parse_scrape(environ("")) == []
 
 
-@given(st.text(st.characters(max_codepoint=255)))
-def test_any_query_is_a_value_or_a_refusal(query):
-    for parser in (read, bitbreeze.parse_scrape):
-        try:
-            parser(environ(query))
-        except bitbreeze.TrackerError as refusal:
-            assert str(refusal)
+TEXT = st.text(st.characters(max_codepoint=255), max_size=50)
+NUMBER = st.integers(-(2**70), 2**70).map(str) | st.sampled_from(
+    "0 1 +5 ٣ ² 1e9 -".split()
+)
+BYTES = st.binary(max_size=40) | st.binary(min_size=20, max_size=20)
+VALUE = TEXT | NUMBER | BYTES.map(quote) | st.sampled_from(["stopped", "%", "%f", "+"])
+PARAMETER = st.tuples(st.sampled_from([*bitbreeze._LEFT_OUT, "ip", ""]) | TEXT, VALUE)
+QUERY = st.lists(PARAMETER.map("=".join), max_size=8).map("&".join)
+GOOD_QUERY = urlencode(GOOD, quote_via=quote)
+ADDRESS = st.ip_addresses().map(str) | st.sampled_from(
+    ["", "unix:", "[::1]:5", "1.2.3.4:5", "fe80::1%eth0", "::ffff:1.2.3.4", "0.0.0.0"]
+)
+REQUEST = st.fixed_dictionaries(
+    {"QUERY_STRING": QUERY | TEXT | QUERY.map(f"{GOOD_QUERY}&".__add__)},
+    optional={
+        "REMOTE_ADDR": ADDRESS | TEXT,
+        "HTTP_X_FORWARDED_FOR": TEXT | st.lists(ADDRESS | TEXT).map(",".join),
+        "HTTP_X_REAL_IP": ADDRESS | TEXT,
+    },
+)
+ALL_SETTINGS = [
+    make_settings(),
+    make_settings(proxies=1),
+    make_settings(proxies=3, proxy_networks="10.0.0.0/8, unix, ::/1"),
+    make_settings(address_header="X-Real-IP", proxy_networks="0.0.0.0/1"),
+]
+
+
+def test_any_request_is_a_value_or_a_refusal(fuzz):
+    def check(request):
+        for settings in ALL_SETTINGS:
+            with suppress(bitbreeze.TrackerError):
+                check_announce(bitbreeze.parse_announce(request, settings))
+        with suppress(bitbreeze.TrackerError):
+            assert {len(i) for i in bitbreeze.parse_scrape(request)} <= {20}
+
+    fuzz(2000, REQUEST, check)
+
+
+def test_any_accident_to_a_request_leaves_a_value_or_a_refusal(cases):
+    rnd, settings, raw = random, make_settings(), GOOD_QUERY.encode()
+    raw += b"&uploaded=0&key=0F3A&event=started&numwant=50&compact=1&no_peer_id=1"
+    for _ in range(cases(8000)):
+        request = environ(mutated(rnd, raw).decode("latin-1"))
+        with suppress(bitbreeze.TrackerError):
+            check_announce(bitbreeze.parse_announce(request, settings))
+        with suppress(bitbreeze.TrackerError):
+            bitbreeze.parse_scrape(request)
+
+
+def check_announce(announce):
+    """Fail if there is anything in an Announce that nobody could work with."""
+    assert len(announce.info_hash) == len(announce.peer_id) == 20
+    assert len(announce.address) in (4, 16)
+    assert 0 <= announce.port < 2**16 and 0 <= announce.key < 2**32
+    assert announce.left is None or announce.left >= 0
+    assert announce.event in ("", "started", "completed", "stopped", "paused")
+    assert announce.numwant >= -1

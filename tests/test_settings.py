@@ -1,10 +1,11 @@
 """Settings: where they come from, what they may be, and that README has them all."""
 
+import random
 from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
-from conftest import make_settings
+from conftest import make_settings, mutated
 
 import app as bitbreeze
 
@@ -104,3 +105,28 @@ def test_readme_has_every_setting(setting):
     default = {"": "empty", False: "no"}.get(setting.default, setting.default)
     cells = f"| `{setting.name}` | {default} | {setting.unit} | {setting.help} |"
     assert cells in README.read_text()
+
+
+INI = """[uwsgi]
+module = app
+%d = 100%
+[tracker]
+title = Ünser Tracker
+interval = 1800
+full_scrape = yes
+public_ip = 192.0.2.1, 2001:db8::1
+proxy_networks = unix, 10.0.0.0/8
+address_header = X-Real-IP
+""".encode()
+
+
+def test_any_accident_to_the_settings_leaves_them_read_or_refused(tmp_path, cases):
+    path = tmp_path / "wsgi.ini"
+    for _ in range(cases(1500)):
+        path.write_bytes(mutated(random, INI))
+        try:
+            settings = bitbreeze.load_settings(None, {}, path)
+        except bitbreeze.SettingsError as error:
+            assert "\n" not in str(error).strip() and str(error).encode()
+        else:
+            assert 0 < settings.min_interval <= settings.interval < settings.peer_ttl

@@ -5,16 +5,19 @@ import hashlib
 import json
 import logging
 import os
+import random
 import re
 import shutil
 import time
+from contextlib import suppress
 
 import bencoder
 import libtorrent
 import pytest
-from conftest import NOW
+from conftest import NOW, mutated
 from hypothesis import given
 from hypothesis import strategies as st
+from makers import by_libtorrent, empty_names
 
 import app as bitbreeze
 
@@ -120,6 +123,61 @@ def test_any_info_is_described_or_refused(info):
         assert torrent.size >= 0
     except bitbreeze.TorrentError as error:
         assert str(error)
+
+
+def every_torrent(folder):
+    """Return the bytes of small torrents of every kind, with all that may be in one."""
+    payload = empty_names(folder)
+    for kind in FLAGS:
+        for is_dressed in (False, True):
+            path = by_libtorrent(folder, payload, kind=kind, is_dressed=is_dressed)
+            yield path.read_bytes()
+
+
+def grafted(rnd, value, parts):
+    """Return a bencodable value with one part replaced by one from elsewhere."""
+    if rnd.random() < 0.15 or not isinstance(value, (dict, list)) or not value:
+        return rnd.choice([*parts, 0, -1, 2**63, b"", b"\xff", [], {}, [[]], {b"": {}}])
+    key = rnd.choice([*value] if isinstance(value, dict) else range(len(value)))
+    copy = value.copy()
+    copy[key] = grafted(rnd, value[key], parts)
+    return copy
+
+
+def parts_of(value):
+    yield value
+    inner = value.values() if isinstance(value, dict) else value
+    for each in inner if isinstance(value, (dict, list)) else ():
+        yield from parts_of(each)
+
+
+def test_any_accident_to_a_torrent_leaves_it_read_or_refused(tmp_path, cases):
+    rnd, whole = random, [*every_torrent(tmp_path)]
+    parts = [part for data in whole for part in parts_of(bencoder.bdecode(data))]
+    for _ in range(cases(8000)):
+        data = rnd.choice(whole)
+        if rnd.random() < 0.5:
+            data = mutated(rnd, data)
+        else:
+            data = bencoder.bencode(grafted(rnd, bencoder.bdecode(data), parts))
+        with suppress(bitbreeze.TorrentError):
+            check_torrent(data)
+    for data in whole:
+        check_torrent(data)
+
+
+def check_torrent(data):
+    """Fail unless all that is shown of a torrent makes sense."""
+    metainfo = bitbreeze.read_metainfo(data)
+    torrent = bitbreeze.describe(metainfo, "x.torrent", NOW)
+    details = bitbreeze.details_of(metainfo)
+    assert torrent.size == sum(size for _, size in details.files) >= 0
+    assert {len(i) for i in torrent.info_hashes()} == {20}
+    assert torrent.name.encode() and 0 <= details.created < 2**33
+    link = bitbreeze.magnet(torrent, OURS.decode())
+    assert link.isascii() and not re.search(r'[\s<>"]', link)
+    made = bitbreeze.read_metainfo(bitbreeze.with_announce(metainfo, OURS.decode()))
+    assert (made[b"info"], made[b"announce"]) == (metainfo[b"info"], OURS)
 
 
 @given(st.binary(max_size=60))
@@ -325,6 +383,45 @@ def test_two_versions_keep_their_memories_side_by_side(tmp_path):
     known.look(NOW + 100, 1)
     assert names(known) == ["a"]
     assert memo.read_text() == '{"2": {}}'  # nothing is new: nothing to be written
+
+
+def test_any_accident_to_the_memory_is_survived(tmp_path, cases):
+    """What it says then of a torrent, if anything, can be shown."""
+    folder, memo, rnd = tmp_path / "torrents", tmp_path / "data/torrents.json", random
+    folder.mkdir()
+    for name in ("ä", "b"):
+        (folder / f"{name}.torrent").write_bytes(torrent_of(name))
+    (folder / "bad.torrent").write_bytes(b"bad")
+    catalogue(tmp_path).look(int(time.time()) + 100, 1)
+    whole = json.loads(memo.read_text())
+    for _ in range(cases(1500)):
+        damaged = grafted(rnd, whole, [*parts_of(whole), None, True, 0.5, "\ud800"])
+        if rnd.random() < 0.5:
+            data = mutated(rnd, json.dumps(whole).encode())
+        else:
+            data = json.dumps(damaged, default=bytes.hex, skipkeys=True).encode()
+        memo.write_bytes(data)
+        known = bitbreeze.Catalogue(folder, memo, writes=False)
+        known.look(int(time.time()) + 100, 1)
+        assert set(known.torrents) | set(known.skipped) == set(whole["1"])
+        for torrent in known.torrents.values():
+            assert (
+                torrent.name.encode() is not None and torrent.size + torrent.added >= 0
+            )
+            assert {len(i) for i in torrent.info_hashes()} == {20}
+            assert bitbreeze.magnet(torrent, "http://x/").isascii()
+        assert all(reason.encode() for reason in known.skipped.values())
+
+
+@pytest.mark.parametrize("memo", ["[" * 100000, '{"1": ' * 100000, "9" * 5000])
+def test_a_memory_of_anything_else_is_as_none(tmp_path, memo):
+    (tmp_path / "torrents").mkdir()
+    (tmp_path / "torrents/a.torrent").write_bytes(torrent_of("a"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/torrents.json").write_text(memo)
+    known = catalogue(tmp_path)
+    known.look(NOW, 1)
+    assert names(known) == ["a"]
 
 
 def test_details_are_those_of_the_file():
