@@ -2360,9 +2360,10 @@ class Catalogue:
     def _compare(self, found, folders, now):
         """Take in what has come, and what has gone for good."""
         gone = self._known.keys() - found.keys()
-        self._fading = {path: self._fading.get(path, now) for path in gone}
         is_there = gone and folders[f"{self.folder}/"]
         changed = max(map(_changed_at, folders)) if is_there else 0
+        since = _first_seen(now, changed)
+        self._fading = {path: self._fading.get(path, since) for path in gone}
         for path in gone:
             if _is_settled(now, self._fading[path], changed):
                 self._forget(path)
@@ -2418,8 +2419,9 @@ class Catalogue:
         """Skip a file, unless it may still be on its way here."""
         signature = self._found[path]
         seen, since = self._unsettled.get(path, ("", now))
-        since = since if seen == signature else now
-        if not _is_settled(now, since, int(signature.split()[0])):
+        changed = int(signature.split()[0])
+        since = since if seen == signature else _first_seen(now, changed)
+        if not _is_settled(now, since, changed):
             self._unsettled[path] = signature, since
             return
         self._take(path, reason)
@@ -2510,7 +2512,16 @@ def _is_settled(now, since, changed):
     It is if it stayed so for a second: two, as ``now`` has no fractions. Who looks
     rarely sees that at once by when it ``changed``, in nanoseconds, 0 for unknown.
     """
-    return not 0 <= now - since < 2 or 0 < changed <= (now - 2) * 10**9
+    return not -60 <= now - since < 2 or 0 < changed <= (now - 2) * 10**9
+
+
+def _first_seen(now, changed):
+    """Return when a change is first seen: not before it was made, in nanoseconds.
+
+    A request that has waited for its turn comes with a ``now`` of long ago.
+    """
+    seconds = changed // 10**9
+    return seconds if now < seconds < now + 60 else now
 
 
 def _as_json(torrent):
@@ -2549,14 +2560,15 @@ class HashList:
             signature = _signature(os.stat(self.path))
         except FileNotFoundError:
             signature = ()
+        if self.is_known and signature == self._seen == self._read:
+            return False
+        changed = signature[0] if signature else _changed_at(os.path.dirname(self.path))
         if signature != self._seen:
-            self._seen, self._since = signature, now
-        if self.is_known:
-            if signature == self._read:
-                return False
-            changed = signature[:1] or (_changed_at(os.path.dirname(self.path)),)
-            if not _is_settled(now, self._since, *changed):
-                return False
+            self._seen, self._since = signature, _first_seen(now, changed)
+        if self.is_known and (
+            signature == self._read or not _is_settled(now, self._since, changed)
+        ):
+            return False
         hashes, problems, at = self._parsed() if signature else (frozenset(), [], ())
         if self.is_known and at != signature:  # it has changed meanwhile
             return False

@@ -297,3 +297,24 @@ def test_what_is_not_listed_leaves_nothing_behind(tmp_path):
     assert [files[i][b"incomplete"] for i in (HASH, listed)] == [0, 1]
     swarms = [path for path in (tmp_path / "data/swarms").rglob("*") if path.is_file()]
     assert [path.name for path in swarms] == [listed.hex()]
+
+
+@pytest.mark.parametrize("write", [lambda path: path.write_text(""), os.unlink])
+def test_a_look_that_comes_late_does_not_age_what_it_sees(access, tmp_path, write):
+    """A request may wait for seconds between its look at the clock and its turn."""
+    path, now = tmp_path / "allow.txt", int(time.time())
+    path.write_text(HASH.hex())
+    known = access("listed")
+    assert known.tracks(HASH, now - 20)
+    write(path)  # as whoever is about to write it anew
+    for late in (9, 5, 1, 0):
+        assert known.tracks(HASH, now - late)
+
+
+def test_a_torrent_that_is_replaced_counts_for_a_look_that_comes_late(access, tmp_path):
+    listed, now = put(tmp_path), int(time.time())
+    known = access("listed")
+    assert known.tracks(listed, now - 20)
+    (tmp_path / "torrents/a.torrent").unlink()
+    for late in (9, 5, 1, 0):
+        assert known.tracks(listed, now - late)
