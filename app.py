@@ -5166,7 +5166,8 @@ def post_worker_init(worker):
     serves nobody else.
     """
     kinds = ("SyncWorker", "ThreadWorker")
-    if type(worker).__name__ in kinds and not worker.cfg.is_ssl:
+    is_known = type(worker).__name__ in kinds and hasattr(worker, "wait_fds")
+    if is_known and not worker.cfg.is_ssl:
         worker.cfg.set("keepalive", 0)  # or it waits for a next request, and for bodies
         worker.sockets = [
             each if each.family == socket.AF_UNIX else Vestibule(each)
