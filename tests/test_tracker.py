@@ -1,5 +1,12 @@
 """The tracker: announce and scrape over a store, through the WSGI door."""
 
+import gc
+import os
+import random
+import tracemalloc
+from heapq import heappop, heappush
+from pathlib import Path
+
 import pytest
 from conftest import NOW, endpoints, make_settings, peer_id
 from hypothesis import given
@@ -158,3 +165,200 @@ def any_query_client(tmp_path_factory):
 
     data = str(tmp_path_factory.mktemp("any") / "data")
     return Checking(bitbreeze.create_app({"data": data}))
+
+
+# -- A life of hours, with what a model knows of it
+
+LIFE = {"interval": 120, "min_interval": 30, "peer_ttl": 300, "max_numwant": 1000}
+WORKERS = 3
+
+
+class Model:
+    """Who is in which swarm, in dictionaries."""
+
+    def __init__(self, ttl):
+        self.ttl, self.swarms, self.snatches = ttl, {}, {}
+
+    def announce(self, said, now):
+        """Take in an Announce."""
+        peers = self.alive(said.info_hash, now)
+        old = peers.pop(said.peer_id, None)
+        if said.event == "stopped" and not old:
+            return
+        seeds, has_snatched, seen = said.left == 0, bool(old and old[2]), {}
+        if said.event == "completed" or old and seeds and not old[0]:
+            before = self.snatches.get(said.info_hash, 0)
+            self.snatches[said.info_hash] = before + (not has_snatched)
+            has_snatched = True
+        if said.event != "stopped":
+            seen = {**(old[3] if old else {}), len(said.address): (now, said)}
+            is_partial = said.event == "paused" and not seeds
+            peers[said.peer_id] = seeds, is_partial, has_snatched, seen
+
+    def alive(self, info_hash, now):
+        """Return the peers of a swarm by peer_id, without those who have expired."""
+        peers = self.swarms.setdefault(info_hash, {})
+        for who, (*known, seen) in list(peers.items()):
+            left = {n: s for n, s in seen.items() if s[0] >= now - self.ttl}
+            if not left:
+                del peers[who]
+            elif len(left) < len(seen):
+                peers[who] = *known, left
+        return peers
+
+    def counts(self, info_hash, now):
+        peers = self.alive(info_hash, now).values()
+        seeders = sum(seeds for seeds, *_ in peers)
+        partial_seeds = sum(is_partial for _, is_partial, *_ in peers)
+        snatches = self.snatches.get(info_hash, 0)
+        return seeders, len(peers) - seeders, partial_seeds, snatches
+
+    def endpoints(self, info_hash, now):
+        """Return (peer_id, IPv4 endpoint, IPv6 endpoint) of all in a swarm."""
+        found = set()
+        for who, (*_, seen) in self.alive(info_hash, now).items():
+            ends = [
+                seen[n][1].address + seen[n][1].port.to_bytes(2, "big")
+                if n in seen
+                else bytes(n + 2)
+                for n in (4, 16)
+            ]
+            found.add((who, *ends))
+        return found
+
+
+class Soul:
+    """One who is a peer, goes in some way, and comes back as another."""
+
+    def __init__(self, number):
+        self.number, self.lives = number, 0
+        self.be_born()
+
+    def be_born(self):
+        self.lives += 1
+        rank = min(int(random.paretovariate(0.7)), 40)  # of few swarms are most
+        self.info_hash, self.peer_id = bytes((rank,)) * 20, os.urandom(20)
+        self.left, self.event, self.key = random.choice((0, 1, 1)), "started", 7
+        self.addresses = [os.urandom(4), b"\x20" + os.urandom(15)]
+        self.port, self.days = random.randrange(1024, 2**16), random.randrange(1, 20)
+        if random.random() < 0.6:
+            self.addresses.pop(random.randrange(2))
+
+    def announces(self):
+        """Return what it says next, and how many seconds later it speaks again."""
+        self.days -= 1
+        fate, wait = random.random(), random.randrange(100, 130)
+        if self.days < 1:
+            said = self.say("stopped") if fate < 0.7 else []
+            self.be_born()
+            return said, random.randrange(1, 900)
+        if fate < 0.1 and self.left:
+            self.left = 0
+            return self.say(random.choice(("completed", "completed", ""))), wait
+        if fate < 0.15:
+            self.addresses[0] = os.urandom(len(self.addresses[0]))
+        said = self.say("paused" if fate > 0.9 and self.left else self.event)
+        self.event = ""
+        return said, wait
+
+    def say(self, event):
+        return [
+            bitbreeze.Announce(
+                self.info_hash, self.peer_id, a, self.port, self.left, event, key=7
+            )
+            for a in self.addresses
+        ]
+
+
+def test_a_long_life_ends_as_the_model_says(tmp_path, monkeypatch, is_long):
+    """Some workers over one folder, an hour; 3,000 peers and six with --long."""
+    monkeypatch.setattr(bitbreeze, "OPEN_AT_MOST", 8)
+    folders = {"data": str(tmp_path / "data"), "torrents": str(tmp_path / "torrents")}
+    settings = make_settings(**folders, **LIFE, swarm_ttl=10**9)
+    souls, hours = (3000, 6) if is_long else (300, 1)
+    life = Life(settings, souls)
+    open_before = len(os.listdir("/proc/self/fd"))
+    sizes = []
+    tracemalloc.start()
+    try:
+        for third in (1, 2, 3):
+            life.live_until(NOW + third * hours * 1200)
+            life.check(tmp_path / "data")
+            most = open_before + WORKERS * bitbreeze.OPEN_AT_MOST + 1
+            assert len(os.listdir("/proc/self/fd")) <= most
+            sizes.append(memory_of_app())
+    finally:
+        tracemalloc.stop()
+    print(f"{life.number} announces; bytes held after each third: {sizes}")
+    assert sizes[2] < sizes[0] + 8000 * WORKERS * bitbreeze.OPEN_AT_MOST
+    end = life.now + settings.peer_ttl + 1
+    last = bitbreeze.open_tracker(settings._replace(swarm_ttl=0)).store
+    for step in range(256):
+        last.tidy(end + 10 * step)
+    assert not swarm_files(tmp_path / "data")
+    assert not any((tmp_path / "data/swarms.count").read_bytes())
+
+
+class Life:
+    """Peers that come and go under the eyes of several trackers and of a model."""
+
+    def __init__(self, settings, souls):
+        self.settings, self.model = settings, Model(settings.peer_ttl)
+        self.trackers = [bitbreeze.open_tracker(settings) for _ in range(WORKERS)]
+        self.now, self.number, self.waiting = NOW, 0, []
+        for number in range(souls):
+            at = NOW + random.randrange(1000)
+            heappush(self.waiting, (at, number, Soul(number)))
+
+    def live_until(self, end):
+        while self.waiting[0][0] < end:
+            at, number, soul = heappop(self.waiting)
+            self.now = max(self.now, at)
+            said, wait = soul.announces()
+            for each in said:
+                self.announce(each)
+            heappush(self.waiting, (self.now + wait, number, soul))
+
+    def announce(self, said):
+        worker = random.randrange(WORKERS)
+        if random.random() < 0.001:  # it is restarted
+            self.trackers[worker] = bitbreeze.open_tracker(self.settings)
+        counts, peers, _ = self.trackers[worker].announce(said, self.now)
+        self.model.announce(said, self.now)
+        self.number += 1
+        known = self.model.swarms[said.info_hash]
+        assert counts.seeders + counts.leechers >= len(known)
+        assert counts.snatches == self.model.snatches.get(said.info_hash, 0)
+
+    def check(self, folder):
+        """Fail unless all is as the model says, when all has been counted anew."""
+        self.now += self.settings.peer_ttl // 16 + 1
+        store, now, pages, sums = self.trackers[0].store, self.now, 0, [0] * 5
+        found = dict(store.peers(now))
+        for info_hash in self.model.swarms:
+            counts = self.model.counts(info_hash, now)
+            assert store.scrape([info_hash], now)[info_hash] == counts
+            peers = found.pop(info_hash, bitbreeze.NOBODY)
+            columns = map(endpoints, peers, (20, 6, 18))
+            there = self.model.endpoints(info_hash, now)
+            assert set(zip(*columns, strict=True)) == there
+            sums = [a + b for a, b in zip(sums, (*counts, bool(there)), strict=True)]
+            pages += 1 + len(there) // bitbreeze.SPARSE
+        assert not found
+        assert self.trackers[1].totals(now) == tuple(sums)
+        assert sum(p.stat().st_size for p in swarm_files(folder)) <= 4096 * pages
+        number = int.from_bytes((folder / "swarms.count").read_bytes(), "little")
+        assert number == len(swarm_files(folder))
+
+
+def swarm_files(data):
+    return [path for path in Path(data, "swarms").rglob("*") if path.is_file()]
+
+
+def memory_of_app():
+    """Return how many bytes are held that app.py has asked for."""
+    bitbreeze.private_network.cache_clear()  # it has a bound of its own
+    gc.collect()
+    ours = tracemalloc.Filter(True, bitbreeze.__file__)
+    statistics = tracemalloc.take_snapshot().filter_traces([ours]).statistics("lineno")
+    return sum(each.size for each in statistics)
