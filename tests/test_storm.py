@@ -15,6 +15,7 @@ from contextlib import suppress
 from threading import Event, Lock
 
 import bencoder
+import psutil
 import pytest
 from servers import (
     announce,
@@ -87,6 +88,29 @@ def test_nothing_acknowledged_is_lost_when_workers_are_killed(tmp_path, is_long,
     assert not (tmp_path / "data" / "damaged").exists()
     print(f"{host}: {storm.kills} kills, {storm.acknowledged} acknowledged, 0 lost")
     assert storm.kills >= seconds and storm.acknowledged >= 100 * seconds
+
+
+def test_workers_do_not_grow(tmp_path, is_long):
+    """What they hold in memory after a third of the time is as much as at the end."""
+    if not is_long:
+        pytest.skip("takes minutes: only with --long")
+    port, sizes, seconds = free_port(), [], 180
+    with serving(gunicorn(port, 2, 4), port, settings(tmp_path)) as server:
+        storm, workers = KillStorm(server, 0), server.workers()
+        with ThreadPoolExecutor(RESTLESS) as pool:
+            running = [pool.submit(storm.run_client, n) for n in range(RESTLESS)]
+            for third in (1, 2, 3):
+                until = third * seconds / 3
+                poll(lambda t=until: storm.age() >= t, seconds, "a third of the time")
+                sizes.append(sum(psutil.Process(w).memory_info().rss for w in workers))
+            storm.is_over.set()
+            for each in running:
+                each.result(30)
+        for info_hash in SIZES:
+            storm.check(info_hash)
+        check_log(server)
+    print(f"{storm.acknowledged} acknowledged; bytes after each third: {sizes}")
+    assert sizes[2] - sizes[0] < 2 * 2**20
 
 
 class Restless:
