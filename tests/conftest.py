@@ -26,6 +26,17 @@ def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help=help_text)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes minutes, and runs with --long only")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        left_out = [item for item in items if item.get_closest_marker("long")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+
 @pytest.fixture(scope="session")
 def is_long(request):
     """Whether to test in full, or as long as anybody who changes something waits."""

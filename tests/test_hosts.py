@@ -181,10 +181,9 @@ def test_readme_has_these_hosts_and_checks():
 # -- Abuse ----------------------------------------------------------------------------
 
 
+@pytest.mark.long  # test_host has some of every kind
 @pytest.mark.parametrize("name", HOSTS)
-def test_slow_clients_of_every_kind(name, subtests, is_long):
-    if not is_long:
-        pytest.skip("test_host has some of every kind")
+def test_slow_clients_of_every_kind(name, subtests):
     with site_of(name) as site, site.serving():
         for said, beginning in STALLS.items():
             with subtests.test(said):

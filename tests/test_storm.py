@@ -90,10 +90,9 @@ def test_nothing_acknowledged_is_lost_when_workers_are_killed(tmp_path, is_long,
     assert storm.kills >= seconds and storm.acknowledged >= 100 * seconds
 
 
-def test_workers_do_not_grow(tmp_path, is_long):
+@pytest.mark.long
+def test_workers_do_not_grow(tmp_path):
     """What they hold in memory after a third of the time is as much as at the end."""
-    if not is_long:
-        pytest.skip("takes minutes: only with --long")
     port, sizes, seconds = free_port(), [], 180
     with serving(gunicorn(port, 2, 4), port, settings(tmp_path)) as server:
         storm, workers = KillStorm(server, 0), server.workers()
