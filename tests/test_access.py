@@ -178,7 +178,7 @@ def test_any_accident_to_a_list_leaves_hashes_and_problems(tmp_path, cases):
         assert {len(info_hash) for info_hash in known.hashes} <= {20}
         assert len(known.hashes) + len(known.problems) <= len(data.split())
         assert all(map(str.encode, known.problems))
-        for line in data.decode("utf-8-sig", "replace").splitlines():
+        for line in re.split("[\r\n]", data.decode("utf-8-sig", "replace")):
             if re.fullmatch("[0-9a-f]{40}", line):
                 assert bytes.fromhex(line) in known.hashes
 

@@ -292,7 +292,7 @@ def ports_in(reply):
     """Return the ports in a reply, each of which has to come once."""
     peers = reply[b"peers"]
     endpoints = [peers[at : at + 6] for at in range(0, len(peers), 6)]
-    assert {endpoint[:4] for endpoint in endpoints} == {bytes((127, 0, 0, 1))}
+    assert {endpoint[:4] for endpoint in endpoints} <= {bytes((127, 0, 0, 1))}
     ports = [int.from_bytes(endpoint[4:], "big") for endpoint in endpoints]
     assert len(ports) == len(set(ports))
     return set(ports)
