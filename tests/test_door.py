@@ -1,10 +1,13 @@
 """Door: paths, methods and errors, and a process for every request (CGI)."""
 
 import errno
+import fcntl
 import logging
 import os
 import subprocess
 import sys
+from collections import Counter
+from types import BuiltinFunctionType
 
 import bencoder
 import pytest
@@ -194,3 +197,87 @@ def test_cgi_tells_the_error_log_of_a_bad_setting(tmp_path, path):
     assert done.returncode == 1
     assert done.stderr.startswith(b"app.py: the environment sets interval to 'soon'")
     assert len(done.stderr.splitlines()) == 1
+
+
+# -- What the system is asked for an answer: more of it shows here, without a clock
+
+
+class Counting:
+    """A module, of which every call to the system is counted by its name."""
+
+    def __init__(self, module, calls):
+        self.module, self.calls = module, calls
+
+    def __getattr__(self, name):
+        found = getattr(self.module, name)
+        if not isinstance(found, BuiltinFunctionType) or name == "fspath":
+            return found
+
+        def call(*given, **more):
+            self.calls[name] += 1
+            return found(*given, **more)
+
+        return call
+
+
+def calls_of(act, monkeypatch):
+    """Return how often ``act`` calls the system, by name."""
+    calls = Counter()
+    with monkeypatch.context() as patch:
+        patch.setattr(bitbreeze, "os", Counting(os, calls))
+        patch.setattr(bitbreeze, "fcntl", Counting(fcntl, calls))
+        act()
+    return dict(calls)
+
+
+LOCKS = {"flock": 2}  # a lock, and its end
+ANSWERS = {  # how many peers there are, what is asked, and the calls it takes
+    "a peer who is still there": (
+        20, lambda client: client.announce(7), {**LOCKS, "pread": 1, "pwrite": 2}
+    ),
+    "a new peer": (
+        20, lambda client: client.announce(21), {**LOCKS, "pread": 1, "pwrite": 2}
+    ),
+    "a peer who goes": (
+        20, lambda client: client.announce(7, event="stopped"),
+        {**LOCKS, "pread": 1, "pwrite": 2},
+    ),
+    "a peer in a swarm of many pages": (
+        1000, lambda client: client.announce(7),
+        {**LOCKS, "pread": (2, 7), "pwrite": 2},
+    ),
+    "a scrape": (
+        20, lambda client: client.scrape(b"h" * 20), {**LOCKS, "pread": 1, "pwrite": 1}
+    ),
+    "what is no announce": (
+        1, lambda client: client.get("/announce", ""), {"pwrite": 1}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("peers", "act", "expected"), ANSWERS.values(), ids=ANSWERS)
+def test_what_the_system_is_asked(tracker, monkeypatch, peers, act, expected):
+    """One look at a swarm and one change of it; and one change of the counters."""
+    client = tracker()
+    monkeypatch.setattr(bitbreeze.time, "time", lambda: 1_900_000_000)
+    for peer in range(1, peers + 1):
+        client.announce(peer)
+    for _ in range(5):  # whatever is due once, and sometimes, has been done
+        client.announce(7)
+    found = calls_of(lambda: act(client), monkeypatch)
+    assert found.keys() == expected.keys()
+    for name, most in expected.items():
+        least, most = most if isinstance(most, tuple) else (most, most)
+        assert least <= found[name] <= most, (name, found)
+
+
+def test_what_the_system_is_asked_in_a_second(tracker, monkeypatch):
+    """A new second costs no more than a look at the lists, and at the counters."""
+    client, now = tracker(), [1_900_000_000]
+    monkeypatch.setattr(bitbreeze.time, "time", lambda: now[0])
+    client.announce(7)
+    now[0] += 1
+    client.announce(7)
+    now[0] += 1
+    found = calls_of(lambda: client.announce(7), monkeypatch)
+    assert sum(found.values()) <= 16, found
