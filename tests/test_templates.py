@@ -77,6 +77,11 @@ class Visit:
         if not request.url.startswith((self.site, "data:")):
             self.wrong.append(f"asked for {request.url}")
 
+    def follow(self, link):
+        """Click on what leads to another page, and wait until that is there."""
+        with self.page.expect_navigation():
+            link.click()
+
     def names(self):
         return self.page.locator("td:first-child > a").all_inner_texts()
 
@@ -127,17 +132,17 @@ def test_search_sort_and_turn_the_page(visit):
     visited = visit("/")
     page = visited.page
     assert visited.names()[:3] == [MARKUP, "שלום עולם.iso", "evil⟨U+202E⟩gpj.exe"]
-    page.get_by_role("link", name="Next").click()
+    visited.follow(page.get_by_role("link", name="Next"))
     assert len(visited.names()) == len(NAMES) - 100
     page.get_by_label("Search").fill("NIGHTLY 11")
     page.get_by_label("Sort by").select_option("oldest")
-    page.get_by_role("button", name="Search").click()
+    visited.follow(page.get_by_role("button", name="Search"))
     found = [f"nightly-{number}" for number in range(119, 109, -1)]
     assert visited.names()[:10] == found
     for order in (sorted, lambda names: sorted(names, reverse=True)):
-        page.get_by_role("columnheader", name="Name").get_by_role("link").click()
+        heading = page.get_by_role("columnheader", name="Name")
+        visited.follow(heading.get_by_role("link"))
         assert visited.names() == order(visited.names())
-    heading = page.get_by_role("columnheader", name="Name")
     assert heading.get_attribute("aria-sort") == "descending"
     page.get_by_label("Category").select_option("linux")
     page.get_by_label("Search").fill(MARKUP)
@@ -150,7 +155,7 @@ def test_search_sort_and_turn_the_page(visit):
 def test_sorting_needs_no_headings_on_a_phone(visit):
     visited = visit("/", width=320)
     visited.page.get_by_label("Sort by").select_option("most seeders")
-    visited.page.get_by_role("button", name="Search").click()
+    visited.follow(visited.page.get_by_role("button", name="Search"))
     assert visited.names()[0] == "plain.iso"
     row = visited.page.locator("tbody tr").first
     assert row.evaluate("row => getComputedStyle(row).display") == "flex"
