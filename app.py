@@ -41,8 +41,10 @@ import hmac
 import ipaddress
 import json
 import logging
+import mmap
 import os
 import re
+import resource
 import selectors
 import socket
 import struct
@@ -50,6 +52,7 @@ import sys
 import time
 import zlib
 from array import array
+from binascii import a2b_qp
 from bisect import bisect_left
 from collections import namedtuple
 from collections.abc import Callable
@@ -62,7 +65,7 @@ from pathlib import Path
 from random import random
 from threading import Lock
 from typing import NamedTuple
-from urllib.parse import quote, unquote_to_bytes
+from urllib.parse import quote
 from weakref import WeakSet
 
 import bencoder
@@ -482,6 +485,8 @@ def peers_for(asker, peers, public_ip):
     the address in ``public_ip`` of its length, behind which the tracker and its
     neighbours are, or as none.
     """
+    if private_network(asker) == LOOPBACK:
+        return peers  # whoever is beside the tracker is on all its networks
     ends4, ends6 = peers.endpoints4, peers.endpoints6
     if not _PRIVATE_STARTS.isdisjoint(memoryview(ends4).cast("H")[::3]):
         ends4 = _reachable_from(asker, ends4, 6, public_ip)
@@ -493,8 +498,6 @@ def peers_for(asker, peers, public_ip):
 def _reachable_from(asker, column, width, public_ip):
     """Return a column of endpoints as ``asker`` can reach them; see peers_for."""
     found, here = [], private_network(asker)
-    if here == LOOPBACK:
-        return column  # whoever is beside the tracker is on all its networks
     for at in range(0, len(column), width):
         endpoint = bytes(column[at : at + width])
         there = private_network(endpoint[:-2])
@@ -567,7 +570,7 @@ def parse_scrape(environ):
     return [_info_hash(part[10:]) for part in parts if part.startswith("info_hash=")]
 
 
-@lru_cache(maxsize=10000)
+@lru_cache(maxsize=2000)
 def _info_hash(text):
     if not text:
         raise TrackerError("info_hash is missing: this URL is for BitTorrent clients")
@@ -585,7 +588,11 @@ def _bytes(text):
     if "+" in text:
         text = text.replace("+", " ")
     raw = text.encode("latin-1", "replace")
-    return unquote_to_bytes(raw) if "%" in text else raw
+    if "%" not in text:
+        return raw
+    # What is quoted by % is decoded as what is by =, in C: urllib takes a dozen times
+    # as long.
+    return a2b_qp(raw.replace(b"=", b"=3D").replace(b"%", b"="))
 
 
 def _port(text):
@@ -795,8 +802,14 @@ MAGIC = b"swrm\x01"  # with the version of the format
 QUIET, CHANGING, RETIRED, CONDEMNED = range(4)  # states of a swarm file
 PARTIAL, SNATCHED = 1, 2  # bits of a peer's state
 TIDY_EVERY = 10  # seconds
-O_NOATIME = getattr(os, "O_NOATIME", 0)  # of Linux
-OPEN_AT_MOST = 512  # swarm files a process keeps open, of the 1024 it usually may
+_QUIETLY = os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOATIME", 0)  # which is Linux's
+# Descriptors of swarm files that a process keeps, half of what it may have: two thirds
+# for files, and one for mapped memory, which before Python 3.13 has its own.
+_MAY_HAVE = resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**31  # -1 for any number
+OPEN_AT_MOST = min(2048, _MAY_HAVE // 2)
+# File systems on which a file may be mapped: a change there needs no room that a full
+# disk has not (as on btrfs and ZFS), and all see it at once (not so over a network).
+MAPPABLE = frozenset(("ext2", "ext3", "ext4", "xfs", "tmpfs"))
 
 
 class DamagedError(Exception):
@@ -868,17 +881,15 @@ class Page:
         """Read page ``number`` from 4096 bytes; raise DamagedError if it is not it."""
         if len(data) != PAGE:
             raise DamagedError(f"page {number} is cut short")
-        magic, peers, leechers, partial_seeds, stored, oldest = _PAGE_HEAD.unpack_from(
-            data
-        )
+        head = _PAGE_HEAD.unpack_from(data)
+        magic, peers, leechers, partial_seeds, stored, self.oldest = head
         if magic != MAGIC or stored != number:
             raise DamagedError(f"page {number} does not begin with {MAGIC!r}")
         if not partial_seeds <= leechers <= peers <= SLOTS:
             raise DamagedError(f"page {number} counts its peers wrong")
-        self.number, self.data, self.oldest = number, data, oldest
+        self.number, self.data = number, data
         self.peers, self.leechers, self.partial_seeds = peers, leechers, partial_seeds
-        # What the swarm's counts include of this page.
-        self.counted = peers, leechers, partial_seeds
+        self.counted = head[1:4]  # what the swarm's counts include of this page
 
     @classmethod
     def empty(cls, number):
@@ -899,11 +910,11 @@ class Page:
 
     def put(self, at, data):
         """Replace bytes in the head, which the swarm keeps in page 0."""
-        self.data = b"".join((self.data[:at], data, self.data[at + len(data) :]))
+        self.data = b"".join((self.data[:at], data, self.data[at + len(data) : PAGE]))
 
     def _edited(self):
-        if isinstance(self.data, bytes):  # as most stay, which are only read
-            self.data = bytearray(self.data)
+        if not isinstance(self.data, bytearray):  # as most stay, which are only read
+            self.data = bytearray(self.data[:PAGE])
         return self.data
 
     def find(self, peer_id):
@@ -1086,17 +1097,25 @@ def _lacking(columns, wanted):
 class Swarm:
     """An open swarm file. Every operation takes both its locks, and calls ``begin``."""
 
-    def __init__(self, path, info_hash, settings):
-        self.path, self.info_hash, self.settings = path, info_hash, settings
-        self.ttl = settings.peer_ttl
-        self.first, self.head = None, None  # page 0, and what is known to begin it
-        self.loaded = {}
-        self.due = 0  # see _look_after
+    __slots__ = (
+        *("path", "info_hash", "settings", "ttl", "fd", "opened", "lock"),
+        *("map", "can_map", "first", "head", "loaded", "now", "due"),
+        *("salt", "pages", "tally", "snatches", "recount_at", "emptied", "state"),
+    )
+
+    def __init__(self, path, info_hash, settings, can_map, now):
+        self.fd = -1
         self.fd = _open_quietly(path)
+        self.path, self.info_hash, self.settings = path, info_hash, settings
+        self.opened = now
+        self.map, self.can_map = None, can_map  # the file, mapped; see _map_anew
+        self.first, self.head = None, None  # page 0, and what is known to begin it
+        self.loaded, self.due = {}, 0  # other pages; see _look_after
+        self.ttl = settings.peer_ttl
         self.lock = Lock()  # between threads, as flock is between descriptors
 
     def __del__(self):
-        if hasattr(self, "fd"):
+        if self.fd >= 0:
             os.close(self.fd)  # no sooner than the last thread that uses it is done
 
     def is_at_path(self):
@@ -1106,15 +1125,35 @@ class Swarm:
     def begin(self, now):
         """Read the first page; raise DamagedError, NewerError or RetiredError."""
         self.now = now
-        data = os.pread(self.fd, PAGE, 0)
-        if data[:_HEADS] == self.head and len(data) == PAGE:
+        # If its file was cut short, to touch mapped memory would kill the process.
+        if self.map and os.lseek(self.fd, 0, os.SEEK_END) == len(self.map):
+            data = self.map
+        else:
+            data = os.pread(self.fd, PAGE, 0)
+            self._map_anew()
+        if data[:_HEADS] == self.head and len(data) >= PAGE:
             self.first.data = data  # all that follows from the head still stands
         else:
-            self._read_first(data)
+            self._read_first(data[:PAGE])
         if self.loaded:
             self.loaded = {}
         if now >= self.due:
             self._look_after(now)
+
+    def end(self):
+        """Give the file back; keep nothing of its pages."""
+        fcntl.flock(self.fd, fcntl.LOCK_UN)
+        if self.first:
+            self.first.data = b""
+
+    def _map_anew(self):
+        """Map the file from the second visit on, as a hot swarm has many: no calls to
+        the system to read it, nor to write when a peer was seen.
+        """
+        self.map = None
+        if self.head and self.can_map():
+            with suppress(OSError, ValueError):  # no descriptor is left, or it is empty
+                self.map = _mapped(self.fd)
 
     def _look_after(self, now):
         """Forget who has expired, and recount, if need be; see when it is due again."""
@@ -1123,44 +1162,40 @@ class Swarm:
         is_due = self.pages > 1 and not now < self.recount_at <= now + self.ttl
         if is_due or self.state == CHANGING:
             self._recount()
-        self.due = (self.first.oldest or now) + self.ttl + 1
-        if self.pages > 1:
-            self.due = min(self.due, self.recount_at)
+        due = (self.first.oldest or now) + self.ttl + 1
+        self.due = due if self.pages == 1 else min(due, self.recount_at)
 
     def _read_first(self, data):
         """Take in the first page, of 4096 bytes, or none in a new file."""
         self.head, self.due = None, 0
         if data[:5] != MAGIC and _is_newer(data, MAGIC):
             raise NewerError
-        first = Page(0, data) if data else self._new_first()
-        raw, stored = (
-            first.data[_PAGE_HEAD.size : _CHECKED],
-            first.data[_CHECKED:_HEADS],
-        )
-        if stored not in (_checksum(raw), bytes(4)):
+        self.first = first = Page(0, data or self._new_first())
+        heads = first.data[:_HEADS]
+        raw, stored = heads[_PAGE_HEAD.size : _CHECKED], heads[_CHECKED:]
+        if stored != _checksum(raw) and any(stored):
             raise DamagedError("its head does not have its checksum")
         head = _SWARM_HEAD.unpack(raw)
-        info_hash, self.salt, self.pages = head[:3]
+        info_hash, self.salt, self.pages, peers, leechers, partial_seeds = head[:6]
         self.snatches, self.recount_at, self.emptied, self.state = head[6:]
-        self.tally = head[3:6] if self.pages > 1 else first.counted
         if self.state == RETIRED:
             raise RetiredError
         if info_hash != self.info_hash or not self.pages or self.state > CHANGING:
             raise DamagedError("its head is not that of this swarm")
-        peers, leechers, partial_seeds = self.tally
-        is_right = partial_seeds <= leechers <= peers <= self.pages * SLOTS
-        if self.state == QUIET and not is_right:
-            raise DamagedError("its head counts the peers wrong")
-        self.first, self.head = first, first.data[:_HEADS]
+        self.tally = first.counted
+        if self.pages > 1:
+            self.tally = peers, leechers, partial_seeds
+            is_right = partial_seeds <= leechers <= peers <= self.pages * SLOTS
+            if self.state == QUIET and not is_right:
+                raise DamagedError("its head counts the peers wrong")
+        self.head = heads  # not before: it is known from now on
 
     def _new_first(self):
-        """Return the first page of a swarm that has only just got a file."""
-        page = Page.empty(0)
+        """Return the first page of a swarm that has only just got a file, as bytes."""
         head = _SWARM_HEAD.pack(
             self.info_hash, os.urandom(8), 1, 0, 0, 0, 0, 0, self.now, QUIET
         )
-        page.data = (page.data[: _PAGE_HEAD.size] + head).ljust(PAGE, b"\0")
-        return page
+        return (Page.empty(0).data[: _PAGE_HEAD.size] + head).ljust(PAGE, b"\0")
 
     # What is done with a swarm
 
@@ -1187,7 +1222,7 @@ class Swarm:
         with IPv4 alone in a swarm of one page. But most are such, and all in one place
         it takes half the time.
         """
-        page, data, now = self.first, self.first.data, self.now
+        page, data = self.first, self.first.data
         endpoint = announce.address + announce.port.to_bytes(2, "big")
         peers, leechers = page.peers, page.leechers
         ends4 = data[_ENDS4 : _ENDS4 + peers * 6]
@@ -1210,7 +1245,7 @@ class Swarm:
         others = ends4[: leechers * 6] if is_seeder else ends4[at + 6 :] + ends4[:at]
         if endpoint in others:
             return None
-        _write(self.fd, now.to_bytes(4, "little"), who_at + _SEEN4_AT)
+        self._write_seen(who_at + _SEEN4_AT)
         pool = len(others) // 6
         if pool > wanted:
             start = int(random() * pool) * 6
@@ -1227,7 +1262,7 @@ class Swarm:
             page = self._page(number)
             seen_at, own = page.find_same(announce)
             if own:
-                self._pwrite(self.now.to_bytes(4, "little"), number * PAGE + seen_at)
+                self._write_seen(number * PAGE + seen_at)
                 return own
         return None
 
@@ -1296,7 +1331,7 @@ class Swarm:
 
     def snapshot(self):
         """Return the snatches, and copies of all pages."""
-        pages = [Page(0, bytes(self.first.data))]
+        pages = [Page(0, bytes(self.first.data[:PAGE]))]
         pages += [self._page(number) for number in range(1, self.pages)]
         self.loaded.clear()  # they are the caller's
         return self.snatches, pages
@@ -1482,7 +1517,11 @@ class Swarm:
             return self.first
         page = self.loaded.get(number)
         if page is None:
-            page = Page(number, os.pread(self.fd, PAGE, number * PAGE))
+            at = number * PAGE
+            data = (
+                self.map and self.map[at : at + PAGE]
+            )  # nothing of a page that is new
+            page = Page(number, data or os.pread(self.fd, PAGE, at))
             self.loaded[number] = page
             if 0 < page.oldest < self.now - self.ttl:
                 self._forget_expired(page)
@@ -1513,6 +1552,7 @@ class Swarm:
             self.recount_at = self.now + self.ttl // 16
             self._write_head()
             os.ftruncate(self.fd, self.pages * PAGE)
+            self.map = None  # it may be longer than the file
         self.loaded.clear()
 
     def _remove_strays(self, page, met):
@@ -1571,6 +1611,14 @@ class Swarm:
         if page is self.first:
             self.head, self.due = page.data[:_HEADS], 0
 
+    def _write_seen(self, at):
+        """Write into a page that a peer was seen now."""
+        seen = self.now.to_bytes(4, "little")
+        if self.map and at < len(self.map):
+            self.map[at : at + 4] = seen
+        else:
+            _write(self.fd, seen, at)
+
     def _write_head(self):
         head = self._head()
         self.first.put(_PAGE_HEAD.size, head)
@@ -1590,6 +1638,7 @@ class Swarm:
 
 
 # Whatever has files open that are locked: flock does not tell a child from its parent.
+# (uWSGI forks without this, but from a process that has answered nobody.)
 _not_shared = WeakSet()
 os.register_at_fork(after_in_child=lambda: [each.start_anew() for each in _not_shared])
 
@@ -1613,9 +1662,27 @@ def _open_locked(path, operation):
 def _open_quietly(path):
     """Open a file that is there; to read it is no change of its inode, if we may."""
     try:
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC | O_NOATIME)
+        return os.open(path, _QUIETLY)
     except PermissionError:  # it is another user's
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+
+def _mapped(fd):
+    """Return a whole file as memory; raise OSError or ValueError."""
+    if sys.version_info < (3, 13):
+        return mmap.mmap(fd, 0)
+    return mmap.mmap(fd, 0, trackfd=False)
+
+
+def _file_system(folder):
+    """Return the type of the file system of a folder, "" where that is not told."""
+    path, best = os.path.realpath(folder) + "/", ("", "")
+    with suppress(OSError), open("/proc/mounts", encoding="utf-8") as mounts:
+        for line in mounts:
+            mounted, kind = line.split()[1:3]
+            if path.startswith(mounted.rstrip("/") + "/"):
+                best = max(best, (mounted, kind), key=lambda found: len(found[0]))
+    return best[1]
 
 
 def _write(fd, data, at):
@@ -1819,8 +1886,8 @@ class FileStore(Store):
 
     The file system is the dictionary: a swarm is the file swarms/ab/abcd... that its
     info_hash names, flock on it is the swarm's lock, and removing it forgets the swarm.
-    Nothing is kept in memory but open files, so it is the same how many threads or
-    processes serve, or for how long.
+    Nothing is kept in memory but open files, mapped where that is safe, for ten
+    seconds: so it is the same how many threads or processes serve, or for how long.
 
     A swarm file is pages of 4096 bytes, numbers little-endian. Every page:
 
@@ -1881,8 +1948,8 @@ class FileStore(Store):
 
     def start_anew(self):
         """Have no file open yet, as in a child that has just been forked."""
-        self._open = {}  # Swarms by info_hash
-        self._opened, self._now, self._even = 0, None, 0  # see _begin_second
+        self._open, self._maps = {}, None  # Swarms by info_hash; see _can_map
+        self._now, self._even = None, 0  # see _begin_second
 
     def announce(self, announce, wanted, now):
         info_hash, is_new = announce.info_hash, announce.event != "stopped"
@@ -2011,14 +2078,19 @@ class FileStore(Store):
                 swarm.head = None  # memory may differ now from what is in the file
                 raise
             finally:
-                fcntl.flock(swarm.fd, fcntl.LOCK_UN)
+                swarm.end()
         return self._visit(info_hash, now, create, work, *arguments)
 
     def _begin_second(self, now):
-        """See once a second what holds for all swarms: the even second, and how long
-        files have been open."""
-        if not 0 <= now - self._opened < 10:
-            self._open, self._opened = {}, now
+        """See once a second what the even second is, and close old files.
+
+        After ten seconds whoever removed the folder sees another.
+        """
+        for info_hash, swarm in list(self._open.items()):
+            if not 0 <= now - swarm.opened < 10:
+                self._open.pop(info_hash, None)
+        if not self._open:
+            self._maps = None  # perhaps it is another disk
         self._even, self._now = self.even(now), now
 
     def _open_swarm(self, info_hash, create):
@@ -2028,11 +2100,10 @@ class FileStore(Store):
         """
         name = info_hash.hex()
         path = f"{self.folder}/swarms/{name[:2]}/{name}"
-        if len(self._open) >= OPEN_AT_MOST:
-            self._open = {}
+        self._close_some()
         while True:
             try:
-                swarm = Swarm(path, info_hash, self.settings)
+                swarm = Swarm(path, info_hash, self.settings, self._can_map, self._now)
                 if create:
                     self._open[info_hash] = swarm
                 return swarm
@@ -2046,6 +2117,18 @@ class FileStore(Store):
                 self._create(path)
             except OSError as error:
                 self._close_unused(error)
+
+    def _close_some(self):
+        """Make room for one more file among those that are kept open."""
+        kept = self._open  # another thread may have others from now on
+        while len(kept) >= OPEN_AT_MOST * 2 // 3:
+            kept.popitem()
+
+    def _can_map(self):
+        """Return whether one more file may be mapped: see MAPPABLE, OPEN_AT_MOST."""
+        if self._maps is None:
+            self._maps = _file_system(self.folder) in MAPPABLE
+        return self._maps and len(self._open) <= OPEN_AT_MOST // 3
 
     def _close_unused(self, error):
         """Close what need not be open; raise ``error`` if it is another than that."""
@@ -2739,8 +2822,8 @@ class Access:
         if info_hash in self.deny.hashes:
             return False
         return (
-            self._is_open
-            or info_hash in self.catalogue.by_hash
+            info_hash in self.catalogue.by_hash
+            or self._is_open
             or info_hash in self.allow.hashes
         )
 
@@ -2885,8 +2968,7 @@ class Counters:
         if self._fd >= 0:
             os.close(self._fd)
         self._fd, self._path = -1, ""
-        empty = bytearray(_COUNTERS_MAGIC.ljust(8 * COUNTED, b"\0"))
-        self._numbers = array("Q", bytes(empty))
+        self._numbers = array("Q", _COUNTERS_MAGIC.ljust(8 * COUNTED, b"\0"))
 
     def count(self, now, failure, nanoseconds=None):
         """Count a scrape, or an announce and the time it took.
@@ -3456,17 +3538,6 @@ def _examine_disk(folder):
             f"{number} damaged swarm files are in {damaged}. Something else wrote into"
             " them, or the disk is failing. Look at the error log, then remove them.",
         )
-
-
-def _file_system(folder):
-    """Return the type of the file system of a folder, "" where that is not told."""
-    path, best = os.path.realpath(folder) + "/", ("", "")
-    with suppress(OSError), open("/proc/mounts", encoding="utf-8") as mounts:
-        for line in mounts:
-            mounted, kind = line.split()[1:3]
-            if path.startswith(mounted.rstrip("/") + "/"):
-                best = max(best, (mounted, kind), key=lambda found: len(found[0]))
-    return best[1]
 
 
 def _examine_locks(probe):

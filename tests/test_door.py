@@ -230,45 +230,51 @@ def calls_of(act, monkeypatch):
     return dict(calls)
 
 
-LOCKS = {"flock": 2}  # a lock, and its end
-ANSWERS = {  # how many peers there are, what is asked, and the calls it takes
-    "a peer who is still there": (
-        20, lambda client: client.announce(7), {**LOCKS, "pread": 1, "pwrite": 2}
-    ),
-    "a new peer": (
-        20, lambda client: client.announce(21), {**LOCKS, "pread": 1, "pwrite": 2}
-    ),
-    "a peer who goes": (
-        20, lambda client: client.announce(7, event="stopped"),
-        {**LOCKS, "pread": 1, "pwrite": 2},
-    ),
-    "a peer in a swarm of many pages": (
-        1000, lambda client: client.announce(7),
-        {**LOCKS, "pread": (2, 7), "pwrite": 2},
-    ),
-    "a scrape": (
-        20, lambda client: client.scrape(b"h" * 20), {**LOCKS, "pread": 1, "pwrite": 1}
-    ),
-    "what is no announce": (
-        1, lambda client: client.get("/announce", ""), {"pwrite": 1}
-    ),
-}  # fmt: skip
+# How many peers there are, what is asked, how many reads and writes that takes at the
+# most, and how many where the first page is mapped; beside a lock and its end.
+ANSWERS = {
+    "a peer who is still there": (20, {}, (1, 2), (0, 1)),
+    "a new peer": (20, {"peer": 21}, (1, 2), (0, 2)),
+    "a peer who goes": (20, {"event": "stopped"}, (1, 2), (0, 2)),
+    "a peer over IPv6": (20, {"address": "2001:db8::1"}, (1, 2), (0, 2)),
+    "a peer in a swarm of many pages": (1000, {}, (7, 2), (6, 2)),
+}
 
 
-@pytest.mark.parametrize(("peers", "act", "expected"), ANSWERS.values(), ids=ANSWERS)
-def test_what_the_system_is_asked(tracker, monkeypatch, peers, act, expected):
+@pytest.mark.parametrize("is_mapped", [True, False], ids=["mapped", "read"])
+@pytest.mark.parametrize(
+    ("peers", "said", "read", "mapped"), ANSWERS.values(), ids=ANSWERS
+)
+def test_what_the_system_is_asked(
+    tracker, monkeypatch, peers, said, read, mapped, is_mapped
+):
     """One look at a swarm and one change of it; and one change of the counters."""
-    client = tracker()
+    client = a_client_of(tracker, monkeypatch, peers, is_mapped)
+    found = calls_of(lambda: client.announce(**{"peer": 7, **said}), monkeypatch)
+    reads, writes = mapped if is_mapped else read
+    assert found.pop("flock") == 2
+    assert found.pop("lseek", 0) == is_mapped
+    assert found.pop("pread", 0) <= reads
+    assert 1 <= found.pop("pwrite") <= writes
+    assert not found
+
+
+def test_what_the_system_is_asked_for_a_scrape(tracker, monkeypatch):
+    client = a_client_of(tracker, monkeypatch, 20, is_mapped=True)
+    found = calls_of(lambda: client.scrape(b"h" * 20), monkeypatch)
+    assert found == {"flock": 2, "lseek": 1, "pwrite": 1}
+
+
+def a_client_of(tracker, monkeypatch, peers, is_mapped):
+    """Return the client of a tracker that has done whatever is due once, or seldom."""
+    monkeypatch.setattr(bitbreeze.FileStore, "_can_map", lambda _: is_mapped)
     monkeypatch.setattr(bitbreeze.time, "time", lambda: 1_900_000_000)
+    client = tracker()
     for peer in range(1, peers + 1):
         client.announce(peer)
-    for _ in range(5):  # whatever is due once, and sometimes, has been done
+    for _ in range(5):
         client.announce(7)
-    found = calls_of(lambda: act(client), monkeypatch)
-    assert found.keys() == expected.keys()
-    for name, most in expected.items():
-        least, most = most if isinstance(most, tuple) else (most, most)
-        assert least <= found[name] <= most, (name, found)
+    return client
 
 
 def test_what_the_system_is_asked_in_a_second(tracker, monkeypatch):

@@ -55,12 +55,13 @@ def endpoint(peer):
     return ipv4(peer) + (1000 + peer % 60000).to_bytes(2, "big")
 
 
-@pytest.fixture(params=[bitbreeze.FileStore])
-def make_store(request, tmp_path):
+@pytest.fixture(params=[True, False], ids=["mapped", "read"])
+def make_store(request, tmp_path, monkeypatch):
     """A function that makes a store of each kind; all are of the same data."""
+    monkeypatch.setattr(bitbreeze.FileStore, "_can_map", lambda _: request.param)
 
     def make(folder="data", **overrides):
-        return request.param(tmp_path / folder, make_settings(**overrides))
+        return bitbreeze.FileStore(tmp_path / folder, make_settings(**overrides))
 
     return make
 
@@ -660,11 +661,57 @@ def test_files_of_format_1_are_read(make_store):
     assert swarm.announce(1, left=0, event="completed")[0].snatches == 77
 
 
-def test_emptied_file_is_a_new_swarm(swarm, caplog):
-    swarm.announce(1)
+@pytest.mark.parametrize("announces", [1, 5])
+def test_emptied_file_is_a_new_swarm(swarm, caplog, announces):
+    for _ in range(announces):
+        swarm.announce(1)
     os.truncate(swarm_path(swarm.store), 0)
     assert swarm.announce(2)[0] == (0, 1, 0, 0)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("size", [0, 1, 81, 1000, 4095, 4097, 9000])
+def test_a_file_cut_while_it_is_mapped_kills_nobody(swarm, size):
+    for peer in range(300):
+        swarm.announce(peer)
+    os.truncate(swarm_path(swarm.store), size)
+    for _ in range(2):  # one of them may come upon the damage
+        for peer in range(300):
+            swarm.announce(peer)
+    assert swarm.counts() == (0, 300, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_mapped"),
+    [("ext4", True), ("tmpfs", True), ("btrfs", False), ("nfs4", False), ("", False)],
+)
+def test_files_are_mapped_where_that_is_safe(tmp_path, monkeypatch, kind, is_mapped):
+    monkeypatch.setattr(bitbreeze, "_file_system", lambda folder: kind)
+    swarm = Swarm(bitbreeze.FileStore(tmp_path, make_settings()))
+    for expected in (False, is_mapped, is_mapped):  # from the second visit on
+        swarm.announce(1)
+        assert bool(swarm.store._open[HASH].map) is expected
+
+
+def test_files_are_open_for_ten_seconds_and_so_many_at_most(make_store, monkeypatch):
+    monkeypatch.setattr(bitbreeze, "OPEN_AT_MOST", 9)
+    store = make_store()
+    for number in range(20):
+        Swarm(store, bytes((number,)) * 20).announce(1)
+        assert len(store._open) == min(number + 1, 6)
+    Swarm(store).announce(1, NOW + 9)
+    assert len(store._open) == 6
+    Swarm(store).announce(1, NOW + 10)
+    assert list(store._open) == [HASH]
+
+
+def test_a_forked_child_has_no_file_of_its_parents(swarm):
+    swarm.announce(1)
+    assert swarm.store._open
+    child = os.fork()
+    if not child:
+        os._exit(len(swarm.store._open))
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_removed_folder_is_made_again(swarm):
