@@ -622,25 +622,28 @@ def _numwant(text):
 
 # An announce's reply is filled into a form: encoding a dictionary takes three times as
 # long.
-_FORM = (
+_FORM_LISTED = (
     bencoder.bencode(dict.fromkeys(
         (b"complete", b"downloaded", b"incomplete", b"interval", b"min interval"), 0
     ))[:-1].replace(b"i0e", b"i%de").replace(b"10:incomplete", b"%b10:incomplete")
+    + b"5:peers"  # rTorrent needs the key
 )  # fmt: skip
+_FORM = _FORM_LISTED + b"%d:%b"
 
 
 def announce_reply(announce, counts, peers, interval, settings):
     """Return the bencoded answer to an announce (BEP 3, 7, 23, 24)."""
     external_ip, least = _external_ip(announce.address), settings.min_interval
     seeders, leechers, snatches = counts.seeders, counts.leechers, counts.snatches
-    reply = _FORM % (seeders, snatches, external_ip, leechers, interval, least)
+    numbers = seeders, snatches, external_ip, leechers, interval, least
     if announce.compact:
         endpoints = _with_ports(peers.endpoints4, 6)
-        reply += b"5:peers%d:%b" % (len(endpoints), endpoints)  # rTorrent needs the key
+        reply = _FORM % (*numbers, len(endpoints), endpoints)
         if peers.endpoints6 or len(announce.address) == 16:
             reply += b"6:peers6" + bencoder.bencode(_with_ports(peers.endpoints6, 18))
     else:
-        reply += b"5:peers" + bencoder.bencode(_peer_list(peers, announce.no_peer_id))
+        reply = _FORM_LISTED % numbers
+        reply += bencoder.bencode(_peer_list(peers, announce.no_peer_id))
     if settings.notice:
         reply += b"15:warning message" + bencoder.bencode(settings.notice.encode())
     return reply + b"e"
@@ -1139,12 +1142,6 @@ class Swarm:
             self.loaded = {}
         if now >= self.due:
             self._look_after(now)
-
-    def end(self):
-        """Give the file back; keep nothing of its pages."""
-        fcntl.flock(self.fd, fcntl.LOCK_UN)
-        if self.first:
-            self.first.data = b""
 
     def _map_anew(self):
         """Map the file from the second visit on, as a hot swarm has many: no calls to
@@ -2078,7 +2075,9 @@ class FileStore(Store):
                 swarm.head = None  # memory may differ now from what is in the file
                 raise
             finally:
-                swarm.end()
+                fcntl.flock(swarm.fd, fcntl.LOCK_UN)
+                if swarm.first:
+                    swarm.first.data = b""  # memory is for open files, not for pages
         return self._visit(info_hash, now, create, work, *arguments)
 
     def _begin_second(self, now):
