@@ -853,8 +853,8 @@ _CHECKED = _PAGE_HEAD.size + _SWARM_HEAD.size  # what follows is its checksum
 _HEADS = _CHECKED + 4
 _HASHES = struct.Struct("<II")
 _WHO = struct.Struct("<20sIBII")  # a Record without the endpoints
-_WHO_SIZE, _LASTING = _WHO.size, struct.Struct("<20sIB")  # without the times
-_SEEN4_AT, _SEEN6_AT = 25, 29  # of that
+_LASTING = struct.Struct("<20sIB")  # of that, what stays from announce to announce
+_SEEN4_AT, _SEEN6_AT = 25, 29  # in a Record
 # Where in a page the three columns begin.
 _WHOS = PAGE - SLOTS * (_WHO.size + 6 + 18)
 _ENDS4 = _WHOS + SLOTS * _WHO.size
@@ -999,7 +999,7 @@ class Page:
         if at < 0:
             return 0, None
         slot, rest = divmod(at - start, width)
-        who_at = _WHOS + slot * _WHO_SIZE
+        who_at = _WHOS + slot * _WHO.size
         peer_id, key, state = _LASTING.unpack_from(data, who_at)
         if (
             peer_id != announce.peer_id
@@ -1225,11 +1225,11 @@ class Swarm:
         ends4 = data[_ENDS4 : _ENDS4 + peers * 6]
         at = ends4.find(endpoint)
         slot = at // 6
-        who_at, at6 = _WHOS + slot * _WHO_SIZE, _ENDS6 + slot * 18
+        who_at, at6 = _WHOS + slot * _WHO.size, _ENDS6 + slot * 18
         peer_id, key, state = _LASTING.unpack_from(data, who_at)
         is_seeder = slot >= leechers
         if (
-            at % 6  # not there, or by chance across two others
+            at % 6  # not there, as with ports 0 and 1, or by chance across two others
             or peer_id != announce.peer_id
             or key != announce.key
             or is_seeder != (announce.left == 0)
@@ -1515,9 +1515,8 @@ class Swarm:
         page = self.loaded.get(number)
         if page is None:
             at = number * PAGE
-            data = (
-                self.map and self.map[at : at + PAGE]
-            )  # nothing of a page that is new
+            # A page that is new is not mapped yet.
+            data = self.map and self.map[at : at + PAGE]
             page = Page(number, data or os.pread(self.fd, PAGE, at))
             self.loaded[number] = page
             if 0 < page.oldest < self.now - self.ttl:
@@ -1614,7 +1613,7 @@ class Swarm:
         if self.map and at < len(self.map):
             self.map[at : at + 4] = seen
         else:
-            _write(self.fd, seen, at)
+            self._pwrite(seen, at)
 
     def _write_head(self):
         head = self._head()
@@ -2120,7 +2119,7 @@ class FileStore(Store):
     def _close_some(self):
         """Make room for one more file among those that are kept open."""
         kept = self._open  # another thread may have others from now on
-        while len(kept) >= OPEN_AT_MOST * 2 // 3:
+        while kept and len(kept) >= OPEN_AT_MOST * 2 // 3:
             kept.popitem()
 
     def _can_map(self):

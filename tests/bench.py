@@ -56,6 +56,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 SWARMS, PEERS = 500, 60
 LISTED = 5000  # torrents on the front page
+FRONT_PAGE = f"front page with {LISTED:,} torrents, warm"
 FEW, MANY = (17, 60), (16_667, 60)  # swarms, and peers in each
 SMALL, BIG = (1, 60), (1, 200_000)
 EMPTY = """
@@ -636,26 +637,26 @@ def scrape(run):
     for _ in range(200):
         hashes = (f"info_hash={h}" for h in chosen.sample(announced.escaped, 60))
         scrapes.append("&".join(hashes))
-    whole = whole_ways_of(small, announced, listing, listed, scrapes, run)
-    inside = in_process_ways(app, announced, pages, scrapes, run)
+    whole = under_uwsgi(small, announced, listing, listed, scrapes, run)
+    alone = inside(app, announced, pages, scrapes, run)
     head("request", "CPU µs", "announces", "in process", "announces", "target")
     for name, target in (
         ("announce", ""),
         ("scrape of 60", "at most 8"),
-        (f"front page with {LISTED:,} torrents, warm", "at most 100"),
+        (FRONT_PAGE, "at most 100"),
     ):
         cells = []
-        for found in (whole, inside):
+        for found in (whole, alone):
             ratio = found[name] / found["announce"]
             cells += [f"{found[name]:.{0 if ratio > 2 else 1}f}", f"{ratio:.1f}"]
         row(name, *cells, target)
 
 
-def whole_ways_of(small, announced, listing, listed, scrapes, run):
+def under_uwsgi(small, announced, listing, listed, scrapes, run):
     """Return CPU µs of the process tree under uWSGI, by what is asked."""
     (small / "paths.txt").write_text("".join(f"/scrape?{q}\n" for q in scrapes))
     (listing / "paths.txt").write_text("/\n")
-    names = "announce", "scrape of 60", f"front page with {LISTED:,} torrents, warm"
+    names = "announce", "scrape of 60", FRONT_PAGE
     costs = {name: [] for name in names}
     ports = (7141, small, announced), (7142, listing, listed)
     with ExitStack() as stack:
@@ -675,7 +676,7 @@ def whole_ways_of(small, announced, listing, listed, scrapes, run):
     return {name: statistics.median(found) for name, found in costs.items()}
 
 
-def in_process_ways(app, announced, pages, scrapes, run):
+def inside(app, announced, pages, scrapes, run):
     """Return CPU µs in process, from environ to bytes, by what is asked."""
     announces = announced.sample(2000)
     check_announces(app, announces)
@@ -685,7 +686,7 @@ def in_process_ways(app, announced, pages, scrapes, run):
     costs = {
         "announce": (app, announces),
         "scrape of 60": (app, scrapes),
-        f"front page with {LISTED:,} torrents, warm": (pages, [BROWSER] * 20),
+        FRONT_PAGE: (pages, [BROWSER] * 20),
     }
     found = {name: [] for name in costs}
     for number in range(4 * run.rounds):
