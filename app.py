@@ -1147,10 +1147,7 @@ class Swarm:
         """Map the file from the second visit on, as a hot swarm has many: no calls to
         the system to read it, nor to write when a peer was seen.
         """
-        self.map = None
-        if self.head and self.can_map():
-            with suppress(OSError, ValueError):  # no descriptor is left, or it is empty
-                self.map = _mapped(self.fd)
+        self.map = _mapped(self.fd) if self.head and self.can_map() else None
 
     def _look_after(self, now):
         """Forget who has expired, and recount, if need be; see when it is due again."""
@@ -1664,10 +1661,16 @@ def _open_quietly(path):
 
 
 def _mapped(fd):
-    """Return a whole file as memory; raise OSError or ValueError."""
-    if sys.version_info < (3, 13):
-        return mmap.mmap(fd, 0)
-    return mmap.mmap(fd, 0, trackfd=False)
+    """Return a whole file as memory; None if it is empty or no descriptor is left."""
+    options = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+    with suppress(OSError, ValueError):
+        return mmap.mmap(fd, 0, **options)
+    return None
+
+
+def _is_mappable(folder):
+    """Return whether the files in a folder may be mapped: see MAPPABLE."""
+    return _file_system(folder) in MAPPABLE
 
 
 def _file_system(folder):
@@ -2125,7 +2128,7 @@ class FileStore(Store):
     def _can_map(self):
         """Return whether one more file may be mapped: see MAPPABLE, OPEN_AT_MOST."""
         if self._maps is None:
-            self._maps = _file_system(self.folder) in MAPPABLE
+            self._maps = _is_mappable(self.folder)
         return self._maps and len(self._open) <= OPEN_AT_MOST // 3
 
     def _close_unused(self, error):
@@ -2939,13 +2942,11 @@ class Counters:
            128     56  failures: one number for each of FAILURES
            184    328  zeros
 
-    Guarantees: each count is one write of the whole file, so a killed process loses no
-    more than the announce it was at, and a file that was cut short or overwritten is
-    whole again with the next. (A write to mapped memory would take a microsecond less,
-    but kills the process if the file was cut short, or on some file systems when the
-    disk is full.) A damaged file is kept as 0.damaged and logged. While a file cannot
-    be written, its process counts in memory. Whoever removes files takes their numbers
-    away.
+    Guarantees: each count writes the whole file, as mapped memory where that is safe,
+    so a killed process loses no more than the announce it was at, and a file that was
+    cut short or overwritten is whole again with the next. A damaged file is kept as
+    0.damaged and logged. While a file cannot be written, its process counts in memory.
+    Whoever removes files takes their numbers away.
     """
 
     def __init__(self, folder):
@@ -2965,7 +2966,7 @@ class Counters:
     def _close(self):
         if self._fd >= 0:
             os.close(self._fd)
-        self._fd, self._path = -1, ""
+        self._fd, self._path, self._map = -1, "", None
         self._numbers = array("Q", _COUNTERS_MAGIC.ljust(8 * COUNTED, b"\0"))
 
     def count(self, now, failure, nanoseconds=None):
@@ -2985,8 +2986,7 @@ class Counters:
             if failure:
                 numbers[_FAILED_AT[failure]] += 1
             try:
-                if os.pwrite(self._fd, numbers, 0) < 8 * COUNTED:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._write()
             except OSError as error:
                 self._complain(error)
 
@@ -3015,8 +3015,19 @@ class Counters:
             if self._fd < 0:
                 self._take_file()
                 self._has_failed = False
+            elif self._map is None:  # not at first: a CGI program counts but once
+                self._map = _is_mappable(self.folder) and _mapped(self._fd)
         except OSError as error:
             self._complain(error)
+
+    def _write(self):
+        """Write the whole file."""
+        mapped, size = self._map, 8 * COUNTED
+        # If it was cut short, to touch mapped memory would kill the process.
+        if mapped and os.lseek(self._fd, 0, os.SEEK_END) == len(mapped) == size:
+            mapped[:] = self._numbers
+        else:
+            _write(self._fd, self._numbers.tobytes(), 0)
 
     def _complain(self, error):
         if not self._has_failed:

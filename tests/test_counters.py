@@ -17,6 +17,13 @@ import app as bitbreeze
 MICROSECOND, SECOND = 1000, 10**9  # in nanoseconds
 
 
+@pytest.fixture(params=[True, False], ids=["mapped", "written"], autouse=True)
+def is_mapped(request, monkeypatch):
+    """Whether the counters are mapped from a process's second second on."""
+    monkeypatch.setattr(bitbreeze, "_is_mappable", lambda _: request.param)
+    return request.param
+
+
 def announces(folder, now=NOW):
     return sum(bitbreeze.Counters(folder).total(now).took)
 
@@ -26,15 +33,16 @@ def count(counters, number=1, now=NOW):
         counters.count(now, "", MICROSECOND)
 
 
-def start(folder, number):
+def start(folder, number, is_mapped):
     """Count announces in a process of its own, which then waits for a line."""
     program = (
         "import sys, app; counters = app.Counters(sys.argv[1])\n"
-        "for _ in range(int(sys.argv[2])): counters.count(5, 'key', 1)\n"
+        "app._is_mappable = lambda _: sys.argv[3] == 'True'\n"
+        "for now in range(int(sys.argv[2])): counters.count(now, 'key', 1)\n"
         "print('done', flush=True); sys.stdin.readline()"
     )
     return subprocess.Popen(
-        [sys.executable, "-c", program, folder, str(number)],
+        [sys.executable, "-c", program, folder, str(number), str(is_mapped)],
         cwd=Path(bitbreeze.__file__).parent,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -63,9 +71,9 @@ def test_looking_makes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_processes_killed_and_started_again_count_exactly(tmp_path):
+def test_processes_killed_and_started_again_count_exactly(tmp_path, is_mapped):
     folder = tmp_path / "counters"
-    running = [start(folder, 300 + number) for number in range(3)]
+    running = [start(folder, 300 + number, is_mapped) for number in range(3)]
     for process in running:
         assert process.stdout.readline() == b"done\n"
     assert announces(folder) == 903
@@ -73,19 +81,21 @@ def test_processes_killed_and_started_again_count_exactly(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.communicate()
     assert announces(folder) == 903
-    assert start(folder, 100).communicate(b"\n") == (b"done\n", None)
+    assert start(folder, 100, is_mapped).communicate(b"\n") == (b"done\n", None)
     assert bitbreeze.Counters(folder).total(NOW).failures["key"] == 1003
     assert sorted(os.listdir(folder)) == ["0", "1", "2"]
 
 
 def test_forked_children_count_for_themselves(tmp_path):
     counters = bitbreeze.Counters(tmp_path)
-    count(counters, 5)
+    count(counters, 4)
+    count(counters, now=NOW + 1)
     children = []
     for number in range(3):
         child = os.fork()
         if not child:
-            count(counters, 100 * number)
+            for now in range(NOW, NOW + 100 * number):
+                count(counters, now=now)
             os._exit(0)
         children.append(child)
         count(counters, 10)
@@ -150,13 +160,17 @@ def test_a_damaged_file_that_cannot_be_kept_is_written_over(tmp_path, caplog):
     assert len(caplog.records) == 1
 
 
-def test_a_file_cut_or_written_over_is_whole_again(tmp_path):
-    counters = bitbreeze.Counters(tmp_path)
-    count(counters)
-    for damage in (b"", b"?" * 512):
-        (tmp_path / "0").write_bytes(damage)
-        count(counters)
-    assert announces(tmp_path) == 3
+def test_a_file_cut_or_written_over_is_whole_again(tmp_path, is_mapped):
+    counters, expected = bitbreeze.Counters(tmp_path), 0
+    for damage in (b"", b"?" * 300, b"?" * 512):
+        for now in (NOW, NOW + 1):  # the file is damaged before it is mapped, and after
+            count(counters, now=now)
+            (tmp_path / "0").write_bytes(damage)
+            count(counters, now=now)
+            count(counters, now=NOW + 1)
+            expected += 3
+            assert announces(tmp_path) == expected
+    assert bool(counters._map) is is_mapped
 
 
 def test_removed_files_take_their_numbers_with_them(tmp_path):
