@@ -37,6 +37,7 @@ Parsing and replying are pure functions, ``now`` is an argument, and only the ed
 import configparser
 import errno
 import fcntl
+import gc
 import hmac
 import ipaddress
 import json
@@ -5376,6 +5377,9 @@ class Vestibule:
         self.events.register(listener, selectors.EVENT_READ)
         if hasattr(socket, "TCP_DEFER_ACCEPT"):  # Linux: most come with their request
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
+            # And all of an answer leaves in one packet: gunicorn writes head and body
+            # one by one, and then hangs up.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
 
     def __getattr__(self, name):
         return getattr(self.listener, name)
@@ -5386,8 +5390,11 @@ class Vestibule:
 
     def accept(self):
         """Return (socket, address) of a client whose request can be read."""
-        for key, _ in self.events.select(0):
-            client, seen = key.fileobj, 0
+        ready = [self.listener]
+        if self.waiting:
+            ready = [key.fileobj for key, _ in self.events.select(0)]
+        for client in ready:
+            seen = 0
             if client is self.listener:
                 client, address = self._next()
             elif client in self.waiting:
@@ -5658,6 +5665,9 @@ app.cli.add_command(serve)
 app.cli.add_command(doctor)
 app.cli.add_command(export)
 app.cli.add_command(import_)
+# To look for garbage among what is here for good writes to it, and so each worker that
+# a server forks from here would soon have a copy of its own.
+gc.freeze()
 
 if is_cgi:
     answer_cgi(app)

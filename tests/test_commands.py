@@ -110,6 +110,44 @@ def test_app_listens_where_it_is_told(tmp_path):
                 socket.create_connection(("::1", port))
 
 
+COLLECTS = """
+import gc, os, app, psutil
+
+def own():
+    return psutil.Process().memory_full_info().uss
+
+if not os.fork():
+    before = own()
+    gc.collect()
+    print(own() - before, flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others do not tell what is shared")
+def test_a_forked_worker_shares_what_was_loaded_also_after_a_collection(tmp_path):
+    out = subprocess.run(
+        [sys.executable, "-c", COLLECTS],
+        cwd=ROOT, env={**os.environ, **data(tmp_path)}, capture_output=True, check=True,
+    ).stdout  # fmt: skip
+    assert int(out) < 4 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others do not count packets")
+@pytest.mark.parametrize("threads", [1, 4], ids=["sync", "gthread"])
+def test_an_answer_is_one_packet(tmp_path, threads):
+    port = free_port()
+    command = [*gunicorn(port, 1, threads), "-c", "app.py"]
+    with serving(command, port, data(tmp_path)):
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(b"GET /stats.json HTTP/1.1\r\n\r\n")
+            answer = b"".join(iter(lambda: client.recv(9999), b""))
+            told = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"}\n")
+    assert int.from_bytes(told[152:156], sys.byteorder) == 1  # tcpi_data_segs_in
+
+
 @pytest.mark.parametrize(
     ("said", "number", "answer"),
     [
