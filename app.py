@@ -1144,6 +1144,19 @@ class Swarm:
         if now >= self.due:
             self._look_after(now)
 
+    def is_as_it_was(self, now):
+        """Return whether counts are still what they were at the last visit.
+
+        A mapped head tells that without flock: whoever changes them changes it, and one
+        that is half-written is not as it was.
+        """
+        return (
+            now < self.due
+            and self.map
+            and os.lseek(self.fd, 0, os.SEEK_END) == len(self.map)
+            and self.map[:_HEADS] == self.head
+        )
+
     def _map_anew(self):
         """Map the file from the second visit on, as a hot swarm has many: no calls to
         the system to read it, nor to write when a peer was seen.
@@ -1887,7 +1900,9 @@ class FileStore(Store):
     The file system is the dictionary: a swarm is the file swarms/ab/abcd... that its
     info_hash names, flock on it is the swarm's lock, and removing it forgets the swarm.
     Nothing is kept in memory but open files, mapped where that is safe, for ten
-    seconds: so it is the same how many threads or processes serve, or for how long.
+    seconds: so it is the same how many threads or processes serve, or for how long. The
+    counts of a swarm that is mapped are told without its lock while its head is as it
+    was.
 
     A swarm file is pages of 4096 bytes, numbers little-endian. Every page:
 
@@ -1957,10 +1972,22 @@ class FileStore(Store):
         return found or (NOTHING, NOBODY)
 
     def scrape(self, info_hashes, now):
+        if now != self._now:
+            self._begin_second(now)
         return {
-            info_hash: self._visit(info_hash, now, False, Swarm.counts) or NOTHING
+            info_hash: self._known_counts(info_hash)
+            or self._visit(info_hash, now, False, Swarm.counts)
+            or NOTHING
             for info_hash in info_hashes
         }
+
+    def _known_counts(self, info_hash):
+        """Return the Counts of a swarm that is as it was, or None."""
+        swarm = self._open.get(info_hash)
+        if swarm is None:
+            return None
+        with swarm.lock:
+            return swarm.counts() if swarm.is_as_it_was(self._even) else None
 
     def swarms(self, now, first=None):
         if first is not None:

@@ -265,7 +265,7 @@ def test_what_the_system_is_asked(
 def test_what_the_system_is_asked_for_a_scrape(tracker, monkeypatch):
     client = a_client_of(tracker, monkeypatch, 20, is_mapped=True)
     found = calls_of(lambda: client.scrape(b"h" * 20), monkeypatch)
-    assert found == {"flock": 2, "lseek": 2}
+    assert found == {"lseek": 2}
 
 
 def a_client_of(tracker, monkeypatch, peers, is_mapped):

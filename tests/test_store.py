@@ -157,6 +157,15 @@ def test_one_peer_has_two_endpoints(swarm):
     assert peers.endpoints6 == ipv6(9) + endpoint(9)[4:]
 
 
+def test_who_expires_is_not_counted_though_the_swarm_is_open(swarm):
+    until = NOW + TTL
+    swarm.announce(1)
+    for now in (until - 1, until, until):
+        swarm.announce(2, now)
+        assert swarm.counts(now) == (0, 2, 0, 0)
+    assert swarm.counts(until + 1) == (0, 1, 0, 0)
+
+
 def test_each_endpoint_expires_by_itself(swarm):
     swarm.announce(9, NOW)
     swarm.announce(9, NOW + 100, address=ipv6(9))
