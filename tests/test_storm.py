@@ -192,7 +192,8 @@ class KillStorm:
         settled = {peer: known[0] for peer, known in pairs if peer.known == known}
         inside = {p.port for p, is_in in settled.items() if is_in}
         outside = {p.port for p, is_in in settled.items() if is_in is False}
-        assert inside <= found <= {peer.port for peer in here} - outside
+        assert inside <= found, "who was acknowledged is not there"
+        assert found <= {peer.port for peer in here} - outside, "who left is there"
         counted = counts[b"complete"] + counts[b"incomplete"]
         assert len(inside) <= counted <= len(here) - len(outside) + 1
         if at_rest:
