@@ -1103,16 +1103,15 @@ class Swarm:
 
     __slots__ = (
         *("path", "info_hash", "settings", "ttl", "fd", "opened", "lock"),
-        *("map", "can_map", "first", "head", "loaded", "now", "due"),
+        *("map", "first", "head", "loaded", "now", "due"),
         *("salt", "pages", "tally", "snatches", "recount_at", "emptied", "state"),
     )
 
-    def __init__(self, path, info_hash, settings, can_map, now):
+    def __init__(self, path, info_hash, settings, now):
         self.fd = -1
         self.fd = _open_quietly(path)
         self.path, self.info_hash, self.settings = path, info_hash, settings
-        self.opened = now
-        self.map, self.can_map = None, can_map  # the file, mapped; see _map_anew
+        self.opened, self.map = now, None  # the file as memory, see FileStore._visit
         self.first, self.head = None, None  # page 0, and what is known to begin it
         self.loaded, self.due = {}, 0  # other pages; see _look_after
         self.ttl = settings.peer_ttl
@@ -1129,12 +1128,9 @@ class Swarm:
     def begin(self, now):
         """Read the first page; raise DamagedError, NewerError or RetiredError."""
         self.now = now
-        # If its file was cut short, to touch mapped memory would kill the process.
-        if self.map and os.lseek(self.fd, 0, os.SEEK_END) == len(self.map):
-            data = self.map
-        else:
-            data = os.pread(self.fd, PAGE, 0)
-            self._map_anew()
+        data = _whole(self.map, self.fd)
+        if data is None:
+            data, self.map = os.pread(self.fd, PAGE, 0), None
         if data[:_HEADS] == self.head and len(data) >= PAGE:
             self.first.data = data  # all that follows from the head still stands
         else:
@@ -1150,18 +1146,8 @@ class Swarm:
         A mapped head tells that without flock: whoever changes them changes it, and one
         that is half-written is not as it was.
         """
-        return (
-            now < self.due
-            and self.map
-            and os.lseek(self.fd, 0, os.SEEK_END) == len(self.map)
-            and self.map[:_HEADS] == self.head
-        )
-
-    def _map_anew(self):
-        """Map the file from the second visit on, as a hot swarm has many: no calls to
-        the system to read it, nor to write when a peer was seen.
-        """
-        self.map = _mapped(self.fd) if self.head and self.can_map() else None
+        mapped = _whole(self.map, self.fd)
+        return mapped is not None and mapped[:_HEADS] == self.head and now < self.due
 
     def _look_after(self, now):
         """Forget who has expired, and recount, if need be; see when it is due again."""
@@ -1682,6 +1668,15 @@ def _mapped(fd):
     return None
 
 
+def _whole(mapped, fd):
+    """Return mapped memory if there is some, and it is as long as its file, or None.
+
+    If the file was cut short, to touch the memory would kill the process.
+    """
+    is_whole = mapped and os.lseek(fd, 0, os.SEEK_END) == len(mapped)
+    return mapped if is_whole else None
+
+
 def _is_mappable(folder):
     """Return whether the files in a folder may be mapped: see MAPPABLE."""
     return _file_system(folder) in MAPPABLE
@@ -2093,6 +2088,10 @@ class FileStore(Store):
         with swarm.lock:
             fcntl.flock(swarm.fd, fcntl.LOCK_EX)
             try:
+                # From the second visit on, as a hot swarm has many: no calls to the
+                # system to read it, nor to write when a peer was seen.
+                if swarm.map is None and swarm.head and self._can_map():
+                    swarm.map = _mapped(swarm.fd)
                 swarm.begin(self._even)
                 return work(swarm, *arguments)
             except RetiredError:
@@ -2132,7 +2131,7 @@ class FileStore(Store):
         self._close_some()
         while True:
             try:
-                swarm = Swarm(path, info_hash, self.settings, self._can_map, self._now)
+                swarm = Swarm(path, info_hash, self.settings, self._now)
                 if create:
                     self._open[info_hash] = swarm
                 return swarm
@@ -3050,9 +3049,8 @@ class Counters:
 
     def _write(self):
         """Write the whole file."""
-        mapped, size = self._map, 8 * COUNTED
-        # If it was cut short, to touch mapped memory would kill the process.
-        if mapped and os.lseek(self._fd, 0, os.SEEK_END) == len(mapped) == size:
+        mapped = _whole(self._map, self._fd)
+        if mapped is not None and len(mapped) == 8 * COUNTED:
             mapped[:] = self._numbers
         else:
             _write(self._fd, self._numbers.tobytes(), 0)
