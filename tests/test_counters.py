@@ -17,7 +17,7 @@ import app as bitbreeze
 MICROSECOND, SECOND = 1000, 10**9  # in nanoseconds
 
 
-@pytest.fixture(params=[True, False], ids=["mapped", "written"], autouse=True)
+@pytest.fixture(params=[True, False], ids=["mapped", "written"])
 def is_mapped(request, monkeypatch):
     """Whether the counters are mapped from a process's second second on."""
     monkeypatch.setattr(bitbreeze, "_is_mappable", lambda _: request.param)
@@ -86,6 +86,7 @@ def test_processes_killed_and_started_again_count_exactly(tmp_path, is_mapped):
     assert sorted(os.listdir(folder)) == ["0", "1", "2"]
 
 
+@pytest.mark.usefixtures("is_mapped")
 def test_forked_children_count_for_themselves(tmp_path):
     counters = bitbreeze.Counters(tmp_path)
     count(counters, 4)
@@ -116,6 +117,7 @@ def test_a_child_is_not_stopped_by_its_parents_lock(tmp_path):
     assert announces(tmp_path) == 2
 
 
+@pytest.mark.usefixtures("is_mapped")
 def test_threads_count_exactly(tmp_path):
     counters = bitbreeze.Counters(tmp_path)
     with ThreadPoolExecutor(8) as pool:
@@ -125,6 +127,7 @@ def test_threads_count_exactly(tmp_path):
     assert os.listdir(tmp_path) == ["0"]
 
 
+@pytest.mark.usefixtures("is_mapped")
 @pytest.mark.parametrize(
     "data",
     [b"x", b"cntr\0" + bytes(507), bytes(512), b"cntr\x01\0\0\0" + b"\xff" * 504],
@@ -173,6 +176,7 @@ def test_a_file_cut_or_written_over_is_whole_again(tmp_path, is_mapped):
     assert bool(counters._map) is is_mapped
 
 
+@pytest.mark.usefixtures("is_mapped")
 def test_removed_files_take_their_numbers_with_them(tmp_path):
     counters = bitbreeze.Counters(tmp_path / "counters")
     count(counters, 7)
@@ -183,6 +187,7 @@ def test_removed_files_take_their_numbers_with_them(tmp_path):
     assert announces(tmp_path / "counters") == 2
 
 
+@pytest.mark.usefixtures("is_mapped")
 def test_without_a_folder_counts_are_in_memory(tmp_path, caplog):
     (tmp_path / "counters").write_bytes(b"a file")
     counters = bitbreeze.Counters(tmp_path / "counters")
@@ -196,6 +201,7 @@ def test_without_a_folder_counts_are_in_memory(tmp_path, caplog):
     assert announces(tmp_path / "counters") == 11
 
 
+@pytest.mark.usefixtures("is_mapped")
 def test_a_full_disk_is_logged_once(tmp_path, caplog, monkeypatch):
     counters = bitbreeze.Counters(tmp_path)
     with monkeypatch.context() as patch:
