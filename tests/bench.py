@@ -362,7 +362,7 @@ def hosts(run):
 @contextmanager
 def in_memory():
     """Make a folder on a tmpfs; None if there is none."""
-    if not os.path.isdir("/dev/shm") or file_system("/dev/shm") != "tmpfs":
+    if not os.path.isdir("/dev/shm") or imported()._file_system("/dev/shm") != "tmpfs":
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="bench-", dir="/dev/shm") as folder:
@@ -887,19 +887,12 @@ def machine(folder):
     arguments = sysconfig.get_config_var("CONFIG_ARGS") or ""
     is_debians = sysconfig.get_config_var("PGO_PROF_USE_FLAG") == ""
     is_guided = "--enable-optimizations" in arguments or is_debians
+    kind = imported()._file_system(folder) or "an unknown file system"
     return (
         f"{model}, {cores} cores; {platform.system()} {platform.release()}; Python"
         f" {platform.python_version()}, compiled {'with' if is_guided else 'without'}"
-        f" profile-guided optimisation; the data on {file_system(folder)}."
+        f" profile-guided optimisation; the data on {kind}."
     )
-
-
-def file_system(folder):
-    """Return the kind of file system that a folder is on."""
-    mounted = {p.mountpoint: p.fstype for p in psutil.disk_partitions(all=True)}
-    path = Path(folder).resolve()
-    kinds = (mounted.get(str(each)) for each in (path, *path.parents))
-    return next(filter(None, kinds), "an unknown file system")
 
 
 def main():
@@ -918,10 +911,10 @@ def main():
         del os.environ[name]  # it would be a setting of all that is measured
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
-    print(machine(given.dir), flush=True)
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir=given.dir)).resolve()
     sys.dont_write_bytecode, sys.pycache_prefix = False, f"{folder}/compiled"
     try:
+        print(machine(folder), flush=True)
         for name in given.parts or PARTS:
             say(f"-- {name}")
             print(f"\n## {name}", flush=True)
