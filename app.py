@@ -60,7 +60,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from hashlib import blake2b, sha1, sha256
-from itertools import accumulate, zip_longest
+from itertools import accumulate, count, zip_longest
 from operator import add, or_
 from pathlib import Path
 from random import random
@@ -806,11 +806,16 @@ MAGIC = b"swrm\x01"  # with the version of the format
 QUIET, CHANGING, RETIRED, CONDEMNED = range(4)  # states of a swarm file
 PARTIAL, SNATCHED = 1, 2  # bits of a peer's state
 TIDY_EVERY = 10  # seconds
+SHELVES = 64  # files that small swarms share
+SHELF_MAGIC = b"shlf\x01"  # with the version of the format
+BUCKETS, BUCKET = 46, 16  # of entries of a shelf, and how many entries are in each
+KNOWN_AT_MOST = 4096  # swarms on shelves that a process remembers
 _QUIETLY = os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOATIME", 0)  # which is Linux's
-# Descriptors of swarm files that a process keeps, half of what it may have: two thirds
-# for files, and one for mapped memory, which before Python 3.13 has its own.
+# Descriptors of swarm files that a process keeps: half of what it may have, less those
+# of shelves. Two thirds are for files, and one for mapped memory, which before Python
+# 3.13 has its own.
 _MAY_HAVE = resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**31  # -1 for any number
-OPEN_AT_MOST = min(2048, _MAY_HAVE // 2)
+OPEN_AT_MOST = min(2048, max(16, _MAY_HAVE // 2 - 2 * SHELVES))
 # File systems on which a file may be mapped: a change there needs no room that a full
 # disk has not (as on btrfs and ZFS), and all see it at once (not so over a network).
 MAPPABLE = frozenset(("ext2", "ext3", "ext4", "xfs", "tmpfs"))
@@ -825,7 +830,11 @@ class NewerError(Exception):
 
 
 class RetiredError(Exception):
-    """A swarm file was dropped while its lock was waited for."""
+    """A swarm was dropped, or its file, while the lock was waited for."""
+
+
+class OutgrownError(Exception):
+    """A swarm needs more than one page, which is all that a shelf has for it."""
 
 
 class Record(NamedTuple):
@@ -860,6 +869,14 @@ _SEEN4_AT, _SEEN6_AT = 25, 29  # in a Record
 _WHOS = PAGE - SLOTS * (_WHO.size + 6 + 18)
 _ENDS4 = _WHOS + SLOTS * _WHO.size
 _ENDS6 = _ENDS4 + SLOTS * 6
+# A shelf: what begins it, where its entries and its pages are, and what an entry is.
+_SHELF_HEAD = SHELF_MAGIC + bytes(15)
+_RETIRED_SHELF = SHELF_MAGIC + b"\1" + bytes(14)
+_ENTRY = struct.Struct("<20sH")
+_BUCKET = BUCKET * _ENTRY.size
+_PAGES = 4 * PAGE
+_ENTRIES = _PAGES - BUCKETS * _BUCKET
+_FREE = bytes(_ENTRY.size)
 # What is read of all slots at once.
 _IDS = struct.Struct("20s13x" * SLOTS)
 _SEEN = struct.Struct("<" + "25xII" * SLOTS)
@@ -914,11 +931,11 @@ class Page:
 
     def put(self, at, data):
         """Replace bytes in the head, which the swarm keeps in page 0."""
-        self.data = b"".join((self.data[:at], data, self.data[at + len(data) : PAGE]))
+        self.data = b"".join((self.data[:at], data, self.data[at + len(data) :]))
 
     def _edited(self):
         if not isinstance(self.data, bytearray):  # as most stay, which are only read
-            self.data = bytearray(self.data[:PAGE])
+            self.data = bytearray(self.data)
         return self.data
 
     def find(self, peer_id):
@@ -1069,6 +1086,23 @@ def _run(first, count, ids, ends4, ends6):
     )
 
 
+def _entry(directory, info_hash, wanted):
+    """Return where the entry of a swarm is on a shelf, or a free one for it; or 0."""
+    start = _ENTRIES + info_hash[1] % BUCKETS * _BUCKET
+    bucket = directory[start : start + _BUCKET]
+    at = bucket.find(wanted)
+    while at > 0 and at % _ENTRY.size:  # by chance, across two others
+        at = bucket.find(wanted, at + 1)
+    return start + at if at >= 0 else 0
+
+
+def _entries_of(directory):
+    """Return (info_hash, place) of all swarms on a shelf."""
+    entries = directory[_ENTRIES:_PAGES]
+    whole = entries[: len(entries) // _ENTRY.size * _ENTRY.size]
+    return [entry for entry in _ENTRY.iter_unpack(whole) if entry[1]]
+
+
 def _find(column, endpoint):
     """Return where an endpoint stands in a column, or -1."""
     if not endpoint:
@@ -1098,43 +1132,178 @@ def _lacking(columns, wanted):
     return lacking if lacking > wanted // 2 else 0
 
 
-class Swarm:
-    """An open swarm file. Every operation takes both its locks, and calls ``begin``."""
+class SwarmFile:
+    """An open file of one swarm; in a ``with`` it is locked."""
 
-    __slots__ = (
-        *("path", "info_hash", "settings", "ttl", "fd", "opened", "lock"),
-        *("map", "first", "head", "loaded", "now", "due"),
-        *("salt", "pages", "tally", "snatches", "recount_at", "emptied", "state"),
-    )
+    __slots__ = ("path", "fd", "opened", "map", "is_met", "lock")
 
-    def __init__(self, path, info_hash, settings, now):
+    def __init__(self, path, now):
+        """Open what is at ``path``; raise OSError if there is nothing."""
         self.fd = -1
         self.fd = _open_quietly(path)
-        self.path, self.info_hash, self.settings = path, info_hash, settings
-        self.opened, self.map = now, None  # the file as memory, see FileStore._visit
-        self.first, self.head = None, None  # page 0, and what is known to begin it
-        self.loaded, self.due = {}, 0  # other pages; see _look_after
-        self.ttl = settings.peer_ttl
+        self.path, self.opened = path, now
+        self.map, self.is_met = None, False  # the file as memory, see FileStore._map
         self.lock = Lock()  # between threads, as flock is between descriptors
 
     def __del__(self):
         if self.fd >= 0:
             os.close(self.fd)  # no sooner than the last thread that uses it is done
 
+    def __enter__(self):
+        self.lock.acquire()
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX)
+            self.map = _whole(self.map, self.fd)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_UN)
+        finally:
+            self.lock.release()
+
     def is_at_path(self):
         """Return whether the file is still the one at its path; it must be locked."""
         return _is_at(self.path, self.fd)
 
+    def page(self, at):
+        """Return the 4096 bytes of a page, fewer where the file ends."""
+        data = self.map and self.map[at : at + PAGE]
+        return data or os.pread(self.fd, PAGE, at)  # one that is new is not mapped yet
+
+    def cut(self, size):
+        """Have no more than ``size`` bytes."""
+        os.ftruncate(self.fd, size)
+        self.map = None  # it may be longer than the file
+
+    def holds(self, swarm):
+        """Return whether this is where its swarm is to be looked for."""
+        return self.is_at_path()
+
+    def drop(self, swarm):
+        """Hold the swarm no more."""
+        os.unlink(self.path)
+
+    def set_aside(self, swarm, path):
+        """Move the swarm, which is damaged, to another path."""
+        swarm.condemn()  # others may have it open, and not see what is wrong with it
+        os.replace(self.path, path)
+
+
+class Shelf(SwarmFile):
+    """An open file of many swarms, each in one page; see FileStore."""
+
+    __slots__ = ()
+
+    def directory(self):
+        """Return what is before the pages, as bytes or memory.
+
+        It need not be locked: an entry may change meanwhile, as it may afterwards.
+        Raise DamagedError, NewerError or RetiredError.
+        """
+        data = _whole(self.map, self.fd)
+        if data is None:
+            data = os.pread(self.fd, _PAGES, 0) or _SHELF_HEAD  # only just made
+        head = data[:20]
+        if head == _SHELF_HEAD:
+            return data
+        if head == _RETIRED_SHELF:
+            raise RetiredError
+        if _is_newer(head, SHELF_MAGIC):
+            raise NewerError
+        raise DamagedError(f"it does not begin with {_SHELF_HEAD!r}")
+
+    def swarms(self):
+        """Return the info_hashes of all swarms."""
+        return [info_hash for info_hash, _ in _entries_of(self.directory())]
+
+    def find(self, info_hash):
+        """Return where the page of a swarm begins, 0 if it is not here."""
+        directory = self.directory()
+        at = _entry(directory, info_hash, info_hash)
+        place = directory[at + 20] | directory[at + 21] << 8 if at else 0
+        return place and _PAGES + (place - 1) * PAGE
+
+    def put(self, info_hash, page):
+        """Give a swarm a place, and its page; return whether there is one left."""
+        directory = self.directory()[:_PAGES].ljust(_PAGES, b"\0")
+        at = _entry(directory, info_hash, _FREE)
+        # The swarm of 20 zeros, which nobody has, gets a file of its own.
+        if not at or not any(info_hash):
+            return False
+        taken = {place for _, place in _entries_of(directory)}
+        place = next(place for place in count(1) if place not in taken)
+        _write(self.fd, _SHELF_HEAD, 0)  # first, as the file may be new
+        _write(self.fd, page, _PAGES + (place - 1) * PAGE)
+        _write(self.fd, _ENTRY.pack(info_hash, place), at)
+        return True
+
+    def holds(self, swarm):
+        with suppress(DamagedError, NewerError, RetiredError):
+            return self.find(swarm.info_hash) == swarm.at
+        return False
+
+    def drop(self, swarm):
+        info_hash = swarm.info_hash
+        _write(self.fd, _FREE, _entry(self.directory(), info_hash, info_hash))
+
+    def set_aside(self, swarm, path):
+        page = self.page(swarm.at)
+        Path(path).write_bytes(page)
+        if page[16:36] == swarm.info_hash:  # else it may be the page of another
+            swarm.condemn()
+        self.drop(swarm)
+
+    def pages(self):
+        """Return how many pages there are, of swarms or free."""
+        return max(0, os.fstat(self.fd).st_size - _PAGES) // PAGE
+
+    def retire(self):
+        """Tell all others who have it open that it is not to be used any more."""
+        _write(self.fd, _RETIRED_SHELF, 0)
+
+    def rebuild(self, now, settings):
+        """Make the directory anew, of the pages that are whole; it must be locked."""
+        directory = bytearray(_SHELF_HEAD.ljust(_PAGES, b"\0"))
+        for place in range(1, self.pages() + 1):
+            at = _PAGES + (place - 1) * PAGE
+            swarm = Swarm(self, at, self.page(at)[16:36], settings)
+            with suppress(DamagedError, NewerError, RetiredError):
+                swarm.begin(now)
+                at = _entry(directory, swarm.info_hash, _FREE)
+                if at:
+                    _ENTRY.pack_into(directory, at, swarm.info_hash, place)
+        _write(self.fd, directory[20:], 20)
+        _write(self.fd, _SHELF_HEAD, 0)
+
+
+class Swarm:
+    """A swarm in an open file. That has to be locked, and ``begin`` called first."""
+
+    __slots__ = (
+        *("file", "at", "info_hash", "settings", "ttl", "first", "head", "loaded"),
+        *("now", "due", "salt", "pages", "tally", "snatches", "recount_at", "emptied"),
+        "state",
+    )
+
+    def __init__(self, file, at, info_hash, settings):
+        self.file, self.at = file, at  # where its first page begins: 0 off a shelf
+        self.info_hash, self.settings = info_hash, settings
+        self.first, self.head = None, None  # page 0, and what is known to begin it
+        self.loaded, self.due = {}, 0  # other pages; see _look_after
+        self.ttl = settings.peer_ttl
+
     def begin(self, now):
         """Read the first page; raise DamagedError, NewerError or RetiredError."""
         self.now = now
-        data = _whole(self.map, self.fd)
-        if data is None:
-            data, self.map = os.pread(self.fd, PAGE, 0), None
-        if data[:_HEADS] == self.head and len(data) >= PAGE:
+        data = self.file.page(self.at)
+        if data[:_HEADS] == self.head and len(data) == PAGE:
             self.first.data = data  # all that follows from the head still stands
         else:
-            self._read_first(data[:PAGE])
+            self._read_first(data)
         if self.loaded:
             self.loaded = {}
         if now >= self.due:
@@ -1146,8 +1315,9 @@ class Swarm:
         A mapped head tells that without flock: whoever changes them changes it, and one
         that is half-written is not as it was.
         """
-        mapped = _whole(self.map, self.fd)
-        return mapped is not None and mapped[:_HEADS] == self.head and now < self.due
+        mapped, at = _whole(self.file.map, self.file.fd), self.at
+        is_same = mapped is not None and mapped[at : at + _HEADS] == self.head
+        return is_same and now < self.due
 
     def _look_after(self, now):
         """Forget who has expired, and recount, if need be; see when it is due again."""
@@ -1162,9 +1332,11 @@ class Swarm:
     def _read_first(self, data):
         """Take in the first page, of 4096 bytes, or none in a new file."""
         self.head, self.due = None, 0
+        if not data and not self.at:
+            data = _new_first(self.info_hash, self.now)
         if data[:5] != MAGIC and _is_newer(data, MAGIC):
             raise NewerError
-        self.first = first = Page(0, data or self._new_first())
+        self.first = first = Page(0, data)
         heads = first.data[:_HEADS]
         raw, stored = heads[_PAGE_HEAD.size : _CHECKED], heads[_CHECKED:]
         if stored != _checksum(raw) and any(stored):
@@ -1176,6 +1348,8 @@ class Swarm:
             raise RetiredError
         if info_hash != self.info_hash or not self.pages or self.state > CHANGING:
             raise DamagedError("its head is not that of this swarm")
+        if self.at and (self.pages > 1 or self.state != QUIET):
+            raise DamagedError("its head is not that of a swarm of one page")
         self.tally = first.counted
         if self.pages > 1:
             self.tally = peers, leechers, partial_seeds
@@ -1183,13 +1357,6 @@ class Swarm:
             if self.state == QUIET and not is_right:
                 raise DamagedError("its head counts the peers wrong")
         self.head = heads  # not before: it is known from now on
-
-    def _new_first(self):
-        """Return the first page of a swarm that has only just got a file, as bytes."""
-        head = _SWARM_HEAD.pack(
-            self.info_hash, os.urandom(8), 1, 0, 0, 0, 0, 0, self.now, QUIET
-        )
-        return (Page.empty(0).data[: _PAGE_HEAD.size] + head).ljust(PAGE, b"\0")
 
     # What is done with a swarm
 
@@ -1325,7 +1492,7 @@ class Swarm:
 
     def snapshot(self):
         """Return the snatches, and copies of all pages."""
-        pages = [Page(0, bytes(self.first.data[:PAGE]))]
+        pages = [Page(0, bytes(self.first.data))]
         pages += [self._page(number) for number in range(1, self.pages)]
         self.loaded.clear()  # they are the caller's
         return self.snatches, pages
@@ -1371,10 +1538,16 @@ class Swarm:
         """
         self.state = RETIRED
         self._write(self.first)
+        self.head = None  # for a thread that waits with the same Swarm
 
     def condemn(self):
         """Tell all others who have the file open that it is damaged."""
         self._pwrite(bytes((CONDEMNED,)), _CHECKED - 1)
+
+    def leave_shelf(self):
+        """Go on in a file of its own: raise OutgrownError, unless there is one."""
+        if self.at:
+            raise OutgrownError
 
     def _choose(self, *ask):
         """Return up to ``wanted`` Peers, of a random page first; see Page.pick."""
@@ -1477,6 +1650,7 @@ class Swarm:
 
     def _split(self):
         """Add a page, and move there from one other who belongs there now."""
+        self.leave_shelf()  # before anything is changed
         source = self._page(self.pages - (1 << self.pages.bit_length() - 1))
         target = self.loaded[self.pages] = Page.empty(self.pages)
         self.pages += 1
@@ -1511,10 +1685,7 @@ class Swarm:
             return self.first
         page = self.loaded.get(number)
         if page is None:
-            at = number * PAGE
-            # A page that is new is not mapped yet.
-            data = self.map and self.map[at : at + PAGE]
-            page = Page(number, data or os.pread(self.fd, PAGE, at))
+            page = Page(number, self.file.page(number * PAGE))
             self.loaded[number] = page
             if 0 < page.oldest < self.now - self.ttl:
                 self._forget_expired(page)
@@ -1544,8 +1715,7 @@ class Swarm:
                 self._merge()
             self.recount_at = self.now + self.ttl // 16
             self._write_head()
-            os.ftruncate(self.fd, self.pages * PAGE)
-            self.map = None  # it may be longer than the file
+            self.file.cut(self.pages * PAGE)
         self.loaded.clear()
 
     def _remove_strays(self, page, met):
@@ -1606,11 +1776,11 @@ class Swarm:
 
     def _write_seen(self, at):
         """Write into a page that a peer was seen now."""
-        seen = self.now.to_bytes(4, "little")
-        if self.map and at < len(self.map):
-            self.map[at : at + 4] = seen
+        seen, at, mapped = self.now.to_bytes(4, "little"), self.at + at, self.file.map
+        if mapped and at < len(mapped):
+            mapped[at : at + 4] = seen
         else:
-            self._pwrite(seen, at)
+            _write(self.file.fd, seen, at)
 
     def _write_head(self):
         head = self._head()
@@ -1627,13 +1797,20 @@ class Swarm:
         return head + _checksum(head)
 
     def _pwrite(self, data, at):
-        _write(self.fd, data, at)
+        _write(self.file.fd, data, self.at + at)
 
 
 # Whatever has files open that are locked: flock does not tell a child from its parent.
 # (uWSGI forks without this, but from a process that has answered nobody.)
 _not_shared = WeakSet()
 os.register_at_fork(after_in_child=lambda: [each.start_anew() for each in _not_shared])
+
+
+def _new_first(info_hash, now):
+    """Return the first page of a swarm of which nothing is known yet, as bytes."""
+    head = _SWARM_HEAD.pack(info_hash, os.urandom(8), 1, 0, 0, 0, 0, 0, now, QUIET)
+    return (Page.empty(0).data[: _PAGE_HEAD.size] + head).ljust(PAGE, b"\0")
+
 
 NOBODY, NOTHING = Peers(b"", b"", b""), Counts(0, 0, 0, 0)
 _ABSENT = Record(b"", 0, 0, 0, 0, _NOWHERE4, _NOWHERE6)
@@ -1890,16 +2067,16 @@ def _records_of(pages, seconds):
 
 
 class FileStore(Store):
-    """Peers in one file a swarm, opened and locked for one operation at a time.
+    """Peers in files that are opened, and locked for one operation at a time.
 
-    The file system is the dictionary: a swarm is the file swarms/ab/abcd... that its
-    info_hash names, flock on it is the swarm's lock, and removing it forgets the swarm.
-    Nothing is kept in memory but open files, mapped where that is safe, for ten
-    seconds: so it is the same how many threads or processes serve, or for how long. The
-    counts of a swarm that is mapped are told without its lock while its head is as it
-    was.
+    A swarm is one page on a shelf, a file of many swarms. When it needs more, it gets a
+    file of its own, which its info_hash names: swarms/ab/abcd... The lock of a swarm is
+    flock on its file. Nothing is kept in memory but open files, mapped where that is
+    safe, and for ten seconds what is known of some swarms: so it is the same how many
+    threads or processes serve, or for how long. The counts of a swarm that is mapped
+    are told without a lock while its head is as it was.
 
-    A swarm file is pages of 4096 bytes, numbers little-endian. Every page:
+    Both are pages of 4096 bytes, numbers little-endian. Every page of a swarm:
 
         offset  bytes
              0      5  "swrm" and the version of the format, 1
@@ -1927,20 +2104,38 @@ class FileStore(Store):
     (linear hashing), and a peer is in one of two pages that its hashed peer_id names:
     an announce touches a handful of pages, however large the swarm.
 
+    Opening a file, and closing it, takes as long as the rest of an announce. So small
+    swarms share 64 shelves, few enough to stay open and mapped. A swarm's shelf is
+    shelves/00 to shelves/3f, for the first byte of its info_hash modulo 64:
+
+             0      5  "shlf" and the version of the format, 1
+             5      1  0, or 1 for a shelf that is retired
+             6    186  zeros
+           192  16192  46 buckets of 16 entries: info_hash 20, place 2; zeros if free
+         16384         the pages, that of place 1 first
+
+    The second byte of the info_hash, modulo 46, says in which bucket a swarm is. Is
+    that full, the swarm gets a file of its own at once; a swarm never comes back from
+    there. It is moved so: its page is written to that file, retired on the shelf, and
+    its entry freed. When most of a shelf is free, all who are left are moved, and the
+    shelf is retired and removed.
+
     Guarantees: a process killed at any moment loses nothing that was acknowledged. A
     change is one write inside one page, or is marked "changing", so that whoever comes
-    next counts anew. A damaged file is moved to damaged/ and logged, and its swarm
-    starts afresh. Limits: the file system must have flock; a power cut may lose the
-    last seconds, as nothing waits for the disk; seconds are good until 2106.
+    next counts anew. A damaged swarm is moved to damaged/ and logged, and starts
+    afresh; of a shelf with a damaged head, the entries are made anew of its pages.
+    Limits: the file system must have flock; a power cut may lose the last seconds, as
+    nothing waits for the disk; seconds are good until 2106.
 
-    Versions: the first page has that of the whole file. A newer one is left alone: its
-    swarm is refused until those who wrote it are back. The next version is to read this
-    one with the classes of today, kept beside its own, when it has locked a swarm. It
-    writes that to abcd....new, puts its version and "moved" into the old file, after
-    which this version leaves it alone, too, and renames the new one over it. Whoever
-    finds one that has moved, but is still in place, renames.
+    Versions: the first page has that of the whole file, or of the swarm on a shelf. A
+    newer one is left alone: its swarm is refused until those who wrote it are back. The
+    next version is to read this one with the classes of today, kept beside its own,
+    when it has locked a swarm. One on a shelf it moves to a file of its own as above.
+    Of a file it writes abcd....new, puts its version and "moved" into the old file,
+    after which this version leaves it alone, too, and renames the new one over it.
+    Whoever finds one that has moved, but is still in place, renames.
 
-    swarms.count holds the number of swarm files, 8 bytes, under a lock of its own.
+    swarms.count holds the number of swarms, 8 bytes, under a lock of its own.
     """
 
     def __init__(self, folder, settings, even=None):
@@ -1958,7 +2153,9 @@ class FileStore(Store):
 
     def start_anew(self):
         """Have no file open yet, as in a child that has just been forked."""
-        self._open, self._maps = {}, None  # Swarms by info_hash; see _can_map
+        self._open = {}  # Swarms that have a file of their own, by info_hash
+        self._known = {}  # some Swarms that are on shelves
+        self._shelves, self._maps = {}, None  # by number; see _can_map
         self._now, self._even = None, 0  # see _begin_second
 
     def announce(self, announce, wanted, now):
@@ -1978,10 +2175,10 @@ class FileStore(Store):
 
     def _known_counts(self, info_hash):
         """Return the Counts of a swarm that is as it was, or None."""
-        swarm = self._open.get(info_hash)
+        swarm = self._open.get(info_hash) or self._known.get(info_hash)
         if swarm is None:
             return None
-        with swarm.lock:
+        with swarm.file.lock:
             return swarm.counts() if swarm.is_as_it_was(self._even) else None
 
     def swarms(self, now, first=None):
@@ -2052,25 +2249,29 @@ class FileStore(Store):
             with suppress(OSError):  # who announces there next will say so
                 for _ in self._walk(self._next, now):
                     pass
+                self._thin_out(self._next % SHELVES, now)
 
     def _walk(self, fan, now, work=None):
-        """Yield (info_hash, work(swarm)) of the swarms in a folder.
+        """Yield (info_hash, work(swarm)) of the swarms whose info_hash begins so.
 
         Without ``work``, yield Counts, and remove swarms that are over: None for those.
         """
-        try:
-            names = os.listdir(f"{self.folder}/swarms/{fan:02x}")
-        except FileNotFoundError:
-            return
-        for name in names:
-            if len(name) == 40 and _HEX.fullmatch(name):
-                info_hash = bytes.fromhex(name)
-                work = work or self._count_or_remove
-                yield info_hash, self._visit(info_hash, now, False, work)
+        if now != self._now:
+            self._begin_second(now)
+        # Shelves first: a swarm goes from there to a file of its own, and never back.
+        found = [each for each in self._on_shelf(fan % SHELVES) if each[0] == fan]
+        with suppress(FileNotFoundError):
+            for name in os.listdir(f"{self.folder}/swarms/{fan:02x}"):
+                if len(name) == 40 and _HEX.fullmatch(name):
+                    found.append(bytes.fromhex(name))
+        for info_hash in dict.fromkeys(found):
+            work = work or self._count_or_remove
+            yield info_hash, self._visit(info_hash, now, False, work)
 
     def _count_or_remove(self, swarm):
         if not swarm.is_forgettable():
             return swarm.counts()
+        self._unlink_stale(swarm)
         swarm.retire()
         return self._remove(swarm)
 
@@ -2082,29 +2283,29 @@ class FileStore(Store):
         """
         if now != self._now:
             self._begin_second(now)
-        swarm = self._open.get(info_hash) or self._open_swarm(info_hash, create)
+        swarm = self._open.get(info_hash) or self._known.get(info_hash)
+        swarm = swarm or self._find(info_hash, create)
         if swarm is None:
             return None
-        with swarm.lock:
-            fcntl.flock(swarm.fd, fcntl.LOCK_EX)
+        with swarm.file as file:
             try:
-                # From the second visit on, as a hot swarm has many: no calls to the
-                # system to read it, nor to write when a peer was seen.
-                if swarm.map is None and swarm.head and self._can_map():
-                    swarm.map = _mapped(swarm.fd)
+                if file.map is None:
+                    self._map(file)
                 swarm.begin(self._even)
                 return work(swarm, *arguments)
             except RetiredError:
                 self._remove(swarm)
+            except OutgrownError:
+                self._move_out(swarm)
             except DamagedError as error:
                 self._set_aside(swarm, error)
             except NewerError:
-                return self._leave_alone(swarm, create)
+                self._forget(swarm)
+                return self._leave_alone(file.path, create)
             except BaseException:
                 swarm.head = None  # memory may differ now from what is in the file
                 raise
             finally:
-                fcntl.flock(swarm.fd, fcntl.LOCK_UN)
                 if swarm.first:
                     swarm.first.data = b""  # memory is for open files, not for pages
         return self._visit(info_hash, now, create, work, *arguments)
@@ -2115,34 +2316,69 @@ class FileStore(Store):
         After ten seconds whoever removed the folder sees another.
         """
         for info_hash, swarm in list(self._open.items()):
-            if not 0 <= now - swarm.opened < 10:
+            if not 0 <= now - swarm.file.opened < 10:
                 self._open.pop(info_hash, None)
-        if not self._open:
+        for number, shelf in list(self._shelves.items()):
+            if not 0 <= now - shelf.opened < 10:
+                # To map it anew would cost a page fault a swarm.
+                shelf.opened = now
+                self._known = {}  # make place for others
+                if not shelf.is_at_path():
+                    self._shelves.pop(number, None)
+        if not self._open and not self._shelves:
             self._maps = None  # perhaps it is another disk
         self._even, self._now = self.even(now), now
 
-    def _open_swarm(self, info_hash, create):
-        """Open a swarm file; return None if there is none.
+    # Where a swarm is
 
-        It is kept open for those who announce, not for who looks at all of them.
-        """
+    def _path(self, info_hash):
+        """Return the path of the file of its own that a swarm has, or may get."""
         name = info_hash.hex()
-        path = f"{self.folder}/swarms/{name[:2]}/{name}"
-        self._close_some()
+        return f"{self.folder}/swarms/{name[:2]}/{name}"
+
+    def _forget(self, swarm):
+        self._open.pop(swarm.info_hash, None)
+        self._known.pop(swarm.info_hash, None)
+
+    def _find(self, info_hash, create):
+        """Return a Swarm as its file is found, or None if there is none.
+
+        It is remembered for those who announce, not for who looks at all of them.
+        """
+        number, given = info_hash[0] % SHELVES, (info_hash, self.settings)
         while True:
+            shelf = self._shelves.get(number) or self._open_shelf(number)
             try:
-                swarm = Swarm(path, info_hash, self.settings, self._now)
-                if create:
-                    self._open[info_hash] = swarm
-                return swarm
-            except FileNotFoundError:
+                at = shelf.find(info_hash) if shelf else 0
+                if at:
+                    swarm = Swarm(shelf, at, *given)
+                    if create and len(self._known) < KNOWN_AT_MOST:
+                        self._known[info_hash] = swarm
+                    return swarm
+                file = self._opened(SwarmFile, self._path(info_hash))
+                if file:
+                    swarm = Swarm(file, 0, *given)
+                    if create:
+                        self._close_some()
+                        self._open[info_hash] = swarm
+                    return swarm
                 if not create:
                     return None
+                self._create(info_hash, shelf)
+            except (DamagedError, RetiredError):
+                self._mend(number, shelf)
+            except NewerError:
+                return self._leave_alone(shelf.path, create)
             except OSError as error:
                 self._close_unused(error)
-                continue
+
+    def _opened(self, kind, path):
+        """Return an open SwarmFile or Shelf, or None if there is none."""
+        while True:
             try:
-                self._create(path)
+                return kind(path, self._now)
+            except FileNotFoundError:
+                return None
             except OSError as error:
                 self._close_unused(error)
 
@@ -2152,68 +2388,116 @@ class FileStore(Store):
         while kept and len(kept) >= OPEN_AT_MOST * 2 // 3:
             kept.popitem()
 
-    def _can_map(self):
-        """Return whether one more file may be mapped: see MAPPABLE, OPEN_AT_MOST."""
-        if self._maps is None:
-            self._maps = _is_mappable(self.folder)
-        return self._maps and len(self._open) <= OPEN_AT_MOST // 3
-
     def _close_unused(self, error):
         """Close what need not be open; raise ``error`` if it is another than that."""
-        if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._open:
+        is_excess = error.errno in (errno.EMFILE, errno.ENFILE)
+        if not is_excess or not (self._open or self._shelves):
             raise error
-        self._open = {}
+        self._open, self._known, self._shelves = {}, {}, {}
 
-    def _create(self, path):
-        """Make an empty swarm file; raise TrackerError if there are too many."""
-        for folder in (self.folder, os.path.dirname(path)):
-            os.makedirs(folder, 0o700, exist_ok=True)
+    def _map(self, file):
+        """Map a file from its second visit on, where that is safe.
 
-        def make(number):
-            if 0 < self.settings.max_swarms <= number:
+        A hot swarm has many: no calls to read it, nor to write when a peer was seen.
+        """
+        if file.is_met and self._can_map(file):
+            file.map = _mapped(file.fd)
+        file.is_met = True
+
+    def _can_map(self, file):
+        """Return whether a file may be mapped: see MAPPABLE, OPEN_AT_MOST."""
+        if self._maps is None:
+            self._maps = _is_mappable(self.folder)
+        is_left = isinstance(file, Shelf) or len(self._open) <= OPEN_AT_MOST // 3
+        return self._maps and is_left
+
+    # Swarms come, move and go
+
+    def _create(self, info_hash, shelf):
+        """Begin a swarm if there is none; raise TrackerError if there are too many.
+
+        If there is no shelf for it, make that, and leave the rest to the next time.
+        """
+        number, path = info_hash[0] % SHELVES, self._path(info_hash)
+        if shelf is None:
+            return self._create_shelf(number)
+
+        def make(swarms):
+            if 0 < self.settings.max_swarms <= swarms:
                 raise TrackerError(
-                    f"this tracker is full: it tracks {number} torrents already",
+                    f"this tracker is full: it tracks {swarms} torrents already",
                     kind="full",
                 )
-            try:
+            if not shelf.put(info_hash, _new_first(info_hash, self._even)):
+                os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-            except FileExistsError:
-                return number
-            return number + 1
+            return swarms + 1
 
-        self._count_swarms(make)
+        with shelf:
+            if not shelf.is_at_path():
+                self._shelves.pop(number, None)
+            elif not shelf.find(info_hash) and not os.path.exists(path):
+                self._count_swarms(make)
 
     def _remove(self, swarm):
-        """Remove the file of a retired swarm, unless that is done."""
-        self._open.pop(swarm.info_hash, None)
-        if swarm.is_at_path():
-            os.unlink(swarm.path)
-            self._count_swarms(lambda number: number - 1)
+        """Remove a retired swarm, unless that is done."""
+        self._forget(swarm)
+        if swarm.file.holds(swarm):
+            swarm.file.drop(swarm)
+            # If _move_out was killed, the swarm has only gone to a file of its own.
+            if not os.path.exists(self._path(swarm.info_hash)):
+                self._count_swarms(lambda number: number - 1)
 
     def _set_aside(self, swarm, error):
-        """Move a damaged file out of the way, unless that is done."""
-        self._open.pop(swarm.info_hash, None)
-        if not swarm.is_at_path():
+        """Move a damaged swarm out of the way, unless that is done."""
+        self._forget(swarm)
+        if not swarm.file.holds(swarm):
             return
         aside = f"{self.folder}/damaged/{swarm.info_hash.hex()}"
         os.makedirs(os.path.dirname(aside), 0o700, exist_ok=True)
-        swarm.condemn()  # others may have it open, and not see what is wrong with it
-        os.replace(swarm.path, aside)
+        self._unlink_stale(swarm)
+        swarm.file.set_aside(swarm, aside)
         log.error(
-            "swarm file %s was damaged: %s. It is kept as %s", swarm.path, error, aside
+            "swarm file %s was damaged: %s. It is kept as %s",
+            *(swarm.file.path, error, aside),
         )
         self._count_swarms(lambda number: number - 1)
 
-    def _leave_alone(self, swarm, create):
+    def _move_out(self, swarm):
+        """Give a swarm on a shelf a file of its own.
+
+        That is behind its path when it is whole, and locked until the shelf has it no
+        more. A kill before the page is retired leaves one that nobody looks for.
+        """
+        self._forget(swarm)
+        if not swarm.file.holds(swarm):
+            return  # its entry was damaged: others do not find it there
+        path = self._path(swarm.info_hash)
+        fd = _open_locked(f"{path}.new", fcntl.LOCK_EX)
+        try:
+            _write(fd, swarm.file.page(swarm.at), 0)
+            os.replace(f"{path}.new", path)
+            swarm.retire()
+            swarm.file.drop(swarm)
+        finally:
+            os.close(fd)
+
+    def _unlink_stale(self, swarm):
+        """Remove the file that a swarm on a shelf got when _move_out was killed."""
+        path = self._path(swarm.info_hash)
+        for stale in (path, f"{path}.new") if swarm.at else ():
+            with suppress(FileNotFoundError):
+                os.unlink(stale)
+
+    def _leave_alone(self, path, create):
         """Log, once, that a file is of a newer version; raise TrackerError or not."""
-        self._open.pop(swarm.info_hash, None)
         if not self.newer:
-            self.newer = swarm.path
+            self.newer = path
             log.error(
                 "swarm file %s was written by a newer BitBreeze. It is left alone, with"
                 " others like it, and their swarms are refused: upgrade this one, or"
                 " export there and import here",
-                swarm.path,
+                path,
             )
         if create:
             raise TrackerError(
@@ -2221,6 +2505,79 @@ class FileStore(Store):
                 " this one",
                 kind="internal",
             )
+
+    # Shelves
+
+    def _shelf_path(self, number):
+        return f"{self.folder}/shelves/{number:02x}"
+
+    def _open_shelf(self, number):
+        """Return a shelf, or None if there is none."""
+        shelf = self._opened(Shelf, self._shelf_path(number))
+        if shelf:
+            self._shelves[number] = shelf
+        return shelf
+
+    def _create_shelf(self, number):
+        for folder in (self.folder, f"{self.folder}/shelves"):
+            os.makedirs(folder, 0o700, exist_ok=True)
+        path = self._shelf_path(number)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+
+    def _on_shelf(self, number):
+        """Return the info_hashes of the swarms on a shelf."""
+        while shelf := self._shelves.get(number) or self._open_shelf(number):
+            try:
+                return shelf.swarms()
+            except (DamagedError, RetiredError):
+                self._mend(number, shelf)
+            except NewerError:
+                self._leave_alone(shelf.path, False)
+                break
+        return []
+
+    def _mend(self, number, shelf):
+        """Remove a shelf that is retired; make the entries of a damaged one anew."""
+        with shelf:
+            try:
+                shelf.directory()
+            except RetiredError:
+                self._shelves.pop(number, None)
+                if shelf.is_at_path():
+                    os.unlink(shelf.path)
+            except DamagedError as error:
+                self._rebuild(shelf, error)
+            except NewerError:
+                pass  # the next look sees to it
+
+    def _rebuild(self, shelf, error):
+        aside = f"{self.folder}/damaged/shelf-{os.path.basename(shelf.path)}"
+        os.makedirs(os.path.dirname(aside), 0o700, exist_ok=True)
+        Path(aside).write_bytes(Path(shelf.path).read_bytes())
+        shelf.rebuild(self._even, self.settings)
+        log.error(
+            "shelf %s was damaged: %s. It is kept as %s, and was made anew of what is"
+            " whole",
+            *(shelf.path, error, aside),
+        )
+
+    def _thin_out(self, number, now):
+        """Give back the disk of a shelf that is mostly free.
+
+        Who is left there gets a file of its own.
+        """
+        hashes = self._on_shelf(number)
+        shelf = self._shelves.get(number)
+        pages = shelf.pages() if shelf else 0
+        if hashes and (pages < 64 or len(hashes) > pages / 4):
+            return
+        for info_hash in hashes:
+            self._visit(info_hash, now, False, Swarm.leave_shelf)
+        if shelf:
+            with shelf, suppress(DamagedError, NewerError, RetiredError):
+                if not shelf.swarms():
+                    shelf.retire()
+            self._mend(number, shelf)
 
     def _count_swarms(self, change=lambda number: number):
         """Replace the number of swarm files by change(number), locked; return it."""

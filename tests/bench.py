@@ -563,7 +563,7 @@ def flat(run):
     room = on_disk(held[BIG])
     sentence(
         f"On disk, a swarm of {BIG[1]:,} takes {room / BIG[1]:.0f} bytes a peer (target"
-        f" at most 200), a swarm of {SMALL[1]} takes {on_disk(held[SMALL]):,} bytes."
+        f" at most 200), each of {named(MANY)} {on_disk(held[MANY]):,.0f} bytes."
     )
     taken = [f"{memory[size] / 1e6:.1f}" for size in (MANY, MORE, FEW)]
     sentence(
@@ -631,10 +631,10 @@ def whole_ways(held, run):
 
 
 def on_disk(held):
-    """Return the bytes of a file system that the first swarm takes."""
-    info_hash = held.announced.hashes.read_text()[:40].lower()
-    found = held.folder.rglob(f"{info_hash}*")
-    return sum(path.stat().st_blocks * 512 for path in found)
+    """Return the bytes of a file system that a swarm takes, on average."""
+    found = held.folder.glob("data/s*/**/*")
+    files = [path.stat() for path in found if path.is_file()]
+    return sum(file.st_blocks * 512 for file in files) / held.announced.swarms
 
 
 # -- scrape ---------------------------------------------------------------------------

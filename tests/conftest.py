@@ -131,6 +131,40 @@ class Client:
         return bencoder.bdecode(body)
 
 
+def kept(data):
+    """Return where all swarms are in a folder of data, as FileStore describes it.
+
+    That is {info_hash: (path, at)}: where in which file their first page begins.
+    """
+    found = {}
+    for path in Path(data, "shelves").glob("[0-9a-f][0-9a-f]"):
+        shelf = path.read_bytes()
+        for at in range(192, min(len(shelf), 16384), 22):
+            if place := int.from_bytes(shelf[at + 20 : at + 22], "little"):
+                found[shelf[at : at + 20]] = path, 16384 + (place - 1) * 4096
+    for path in Path(data, "swarms").glob("??/" + "?" * 40):
+        found.setdefault(bytes.fromhex(path.name), (path, 0))
+    return found
+
+
+def rewrite(data, info_hash, change):
+    """Replace what is kept of a swarm by ``change(bytes)``; return what there was.
+
+    A page on a shelf is as long as before: it is cut, or filled up with zeros.
+    """
+    path, at = kept(data)[info_hash]
+    with open(path, "r+b") as file:
+        file.seek(at)
+        was = file.read(4096 if at else -1)
+        changed = change(was)
+        file.seek(at)
+        if at:
+            file.write(changed.ljust(4096, b"\0")[:4096])
+        else:
+            file.truncate(file.write(changed))
+    return was
+
+
 def escape(value):
     """Return a value as it stands in a query, every byte of it escaped."""
     raw = value if isinstance(value, bytes) else str(value).encode()

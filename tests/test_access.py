@@ -9,7 +9,7 @@ import time
 from collections import Counter
 
 import pytest
-from conftest import NOW, Client, make_settings, mutated
+from conftest import NOW, Client, kept, make_settings, mutated
 from test_torrents import torrent_of
 
 import app as bitbreeze
@@ -295,8 +295,7 @@ def test_what_is_not_listed_leaves_nothing_behind(tmp_path):
     assert client.announce(1, info_hash=listed)[b"incomplete"] == 1
     files = client.scrape(HASH, listed)[b"files"]
     assert [files[i][b"incomplete"] for i in (HASH, listed)] == [0, 1]
-    swarms = [path for path in (tmp_path / "data/swarms").rglob("*") if path.is_file()]
-    assert [path.name for path in swarms] == [listed.hex()]
+    assert list(kept(tmp_path / "data")) == [listed]
 
 
 @pytest.mark.parametrize("write", [lambda path: path.write_text(""), os.unlink])

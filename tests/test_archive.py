@@ -6,7 +6,7 @@ import random
 import tracemalloc
 
 import pytest
-from conftest import NOW, make_settings, peer_id
+from conftest import NOW, kept, make_settings, peer_id, rewrite
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -290,15 +290,16 @@ def test_what_is_left_out_is_counted(merge, later, overrides, words):
 
 def test_what_newer_versions_keep_here_is_left_out(merge, tmp_path):
     tracker = merge(DOCUMENT).tracker
-    (path,) = (tmp_path / "data/swarms").glob("61/*")
-    for each, magic in ((path, b"swrm\2"), (tmp_path / "data/history", b"hist\2")):
-        with open(each, "r+b") as file:
-            file.write(magic)
+    data = tmp_path / "data"
+    rewrite(data, b"a" * 20, lambda page: b"swrm\2" + page[5:])
+    with open(data / "history", "r+b") as file:
+        file.write(b"hist\2")
     assert merge(DOCUMENT).in_words() == (
         "1 swarms with 0 peers; left out are 1 hours of history (a newer BitBreeze"
         " keeps it here), 1 swarms (a newer version of this tracker keeps this swarm)"
     )
-    assert path.read_bytes()[:5] == b"swrm\2"
+    path, at = kept(data)[b"a" * 20]
+    assert path.read_bytes()[at : at + 5] == b"swrm\2"
     assert dict(tracker.store.swarms(NOW)) == {b"b" * 20: (0, 0, 0, 9)}
 
 

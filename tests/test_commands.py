@@ -16,6 +16,7 @@ from urllib.request import urlopen
 import click
 import psutil
 import pytest
+from conftest import kept, rewrite
 from servers import (
     ROOT,
     announce,
@@ -315,8 +316,8 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
 def test_export_says_that_newer_swarms_are_left_out(tmp_path):
     (tmp_path / "file").write_text(now_document())
     run("import", tmp_path / "file", TRACKER_DATA=tmp_path / "data")
-    (path,) = (tmp_path / "data/swarms").glob("*/*")
-    path.write_bytes(b"swrm\x02")
+    (info_hash,) = kept(tmp_path / "data")
+    rewrite(tmp_path / "data", info_hash, lambda page: b"swrm\x02" + page[5:])
     ended = run("export", tmp_path / "new", TRACKER_DATA=tmp_path / "data")
     assert ended.returncode == 1
     assert "was written by a newer BitBreeze" in ended.stderr

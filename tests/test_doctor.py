@@ -7,13 +7,12 @@ import sys
 import time
 from collections import namedtuple
 from contextlib import contextmanager
-from pathlib import Path
 from socketserver import ThreadingMixIn
 from threading import Thread
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import pytest
-from conftest import NOW
+from conftest import NOW, kept, rewrite
 from servers import ROOT, free_port, gunicorn, serving
 from test_torrents import torrent_of
 
@@ -203,9 +202,9 @@ def foreign_clock(_, patch):
 
 def newer(client, _):
     client.announce()
-    (path,) = Path(client.app.tracker.store.folder).glob("swarms/*/*")
-    with open(path, "r+b") as file:
-        file.write(b"swrm\x02")
+    folder = client.app.tracker.store.folder
+    (info_hash,) = kept(folder)
+    rewrite(folder, info_hash, lambda page: b"swrm\x02" + page[5:])
 
 
 @pytest.mark.parametrize(

@@ -327,7 +327,7 @@ def test_a_cgi_host_gives_out_no_files(name):
             for way in ("", "./", "/", "app.py/../", "app.py%2f..%2f", "data/../"):
                 with pytest.raises(HTTPError, match="40[034]"):
                     urlopen(f"{folder}/{way}{file}", timeout=20)
-        assert (site.home / "tracker-data" / "swarms").is_dir()
+        assert (site.home / "tracker-data" / "shelves").is_dir()
 
 
 def test_the_unit_is_one_that_systemd_takes(tmp_path):
@@ -360,7 +360,7 @@ def test_the_container_serves(tmp_path):
     try:
         server.wait_until_ready()
         announce(server.url, CROWDED[0], peer_id(1), 7001, left=0)
-        assert (data / "swarms").is_dir()
+        assert (data / "shelves").is_dir()
     finally:
         server.stop()
         server.output.close()

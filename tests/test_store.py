@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import NOW, endpoints, make_settings, peer_id
+from conftest import NOW, endpoints, kept, make_settings, peer_id, rewrite
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -58,7 +58,7 @@ def endpoint(peer):
 @pytest.fixture(params=[True, False], ids=["mapped", "read"])
 def make_store(request, tmp_path, monkeypatch):
     """A function that makes a store of each kind; all are of the same data."""
-    monkeypatch.setattr(bitbreeze.FileStore, "_can_map", lambda _: request.param)
+    monkeypatch.setattr(bitbreeze.FileStore, "_can_map", lambda *_: request.param)
 
     def make(folder="data", **overrides):
         return bitbreeze.FileStore(tmp_path / folder, make_settings(**overrides))
@@ -539,25 +539,29 @@ def test_store_and_model_agree(tmp_path_factory, seed, crowd, pace):
 
 
 def swarm_path(store, info_hash=HASH):
+    """Return the path of the file of its own that a swarm has, or would have."""
     name = info_hash.hex()
     return Path(store.folder, "swarms", name[:2], name)
 
 
-def swarm_files(store):
-    return [path for path in Path(store.folder, "swarms").rglob("*") if path.is_file()]
+def files(store):
+    return [path for path in Path(store.folder).rglob("*") if path.is_file()]
 
 
 def test_files_are_private(swarm):
-    swarm.announce(1)
-    assert os.stat(swarm.store.folder).st_mode & 0o777 == 0o700
-    assert swarm_path(swarm.store).stat().st_mode & 0o777 == 0o600
+    for peer in range(100):
+        swarm.announce(peer)
+        assert os.stat(swarm.store.folder).st_mode & 0o777 == 0o700
+        assert {path.stat().st_mode & 0o777 for path in files(swarm.store)} == {0o600}
 
 
 def test_small_swarms_are_one_block(swarm):
     for peer in range(70):
         swarm.announce(peer)
-    assert swarm_path(swarm.store).stat().st_size == 4096
+    path, at = kept(swarm.store.folder)[HASH]
+    assert path.stat().st_size == at + 4096 == 16384 + 4096
     swarm.announce(70)
+    assert kept(swarm.store.folder) == {HASH: (swarm_path(swarm.store), 0)}
     assert swarm_path(swarm.store).stat().st_size == 8192
 
 
@@ -583,59 +587,91 @@ DAMAGES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize(
+    ("size", "damage"),
+    [
+        pytest.param(size, damage, id=f"{size}-{name}")
+        for name, damage in DAMAGES.items()
+        for size in ((300,) if "cut" in name or "later" in name else (5, 300))
+    ],
+)
 @pytest.mark.parametrize("is_open", [True, False])
-def test_damaged_files_are_set_aside(make_store, caplog, damage, is_open):
+def test_damaged_files_are_set_aside(make_store, caplog, size, damage, is_open):
     swarm = Swarm(make_store())
-    for peer in range(300):
+    for peer in range(size):
         swarm.announce(peer)
-    path = swarm_path(swarm.store)
-    damaged = damage(path.read_bytes())
-    with open(path, "r+b") as file:
-        file.truncate(file.write(damaged))
+    rewrite(swarm.store.folder, HASH, damage)
     if not is_open:
         swarm = Swarm(make_store())
-    for peer in range(300):  # one of them comes upon the damage
+    for peer in range(size):  # one of them comes upon the damage
         swarm.announce(peer)
-    if swarm.counts() == (0, 300, 0, 0) and not caplog.records:
+    if swarm.counts() == (0, size, 0, 0) and not caplog.records:
         swarm.counts(NOW + TTL // 2)
-    for peer in range(300):
+    for peer in range(size):
         swarm.announce(peer, NOW + TTL // 2)
-    assert swarm.counts(NOW + TTL // 2) == (0, 300, 0, 0)
+    assert swarm.counts(NOW + TTL // 2) == (0, size, 0, 0)
     assert len(caplog.records) == 1
     assert "was damaged" in caplog.text
     assert Path(swarm.store.folder, "damaged", HASH.hex()).exists()
 
 
+@pytest.mark.parametrize(("size", "at"), [(5, 7), (300, 7), (300, 8192)])
+def test_a_damaged_swarm_goes_for_those_who_have_it_open(make_store, size, at):
+    one, other = Swarm(make_store()), Swarm(make_store())
+    for peer in range(size):
+        one.announce(peer)
+        other.announce(peer)
+    rewrite(one.store.folder, HASH, lambda it: it[:at] + b"\xff" * 9 + it[at + 9 :])
+    list(one.store.peers(NOW))
+    assert Path(one.store.folder, "damaged", HASH.hex()).exists()
+    for peer in range(size):
+        (one, other)[peer % 2].announce(peer)
+    assert one.counts() == other.counts() == (0, size, 0, 0)
+    assert dict(make_store().swarms(NOW)) == {HASH: (0, size, 0, 0)}
+
+
 @pytest.mark.parametrize("is_open", [True, False])
 def test_files_of_a_newer_version_are_left_alone(make_store, caplog, is_open):
-    swarm = Swarm(make_store())
-    for info_hash in (HASH, b"n" * 20):
-        Swarm(swarm.store, info_hash).announce(1)
-    paths = [swarm_path(swarm.store, each) for each in (HASH, b"n" * 20)]
+    """That is a page on a shelf, a file of its own, and a shelf."""
+    swarm, newer = Swarm(make_store()), (HASH, OWN) if is_open else (HASH, OWN, SHELVED)
+    for info_hash in newer:
+        for peer in range(100 if info_hash == OWN else 1):
+            Swarm(swarm.store, info_hash).announce(peer + 1)
+    places = kept(swarm.store.folder)
+    paths = [places[info_hash][0] for info_hash in newer]
     Swarm(swarm.store, b"o" * 20).announce(1)
-    for path in paths:
-        with open(path, "r+b") as file:
-            file.write(b"swrm\x02")
-    kept = [path.read_bytes() for path in paths]
+    put_version(swarm.store, places, 2)
+    before = [path.read_bytes() for path in paths]
     swarm = swarm if is_open else Swarm(make_store())
-    for info_hash in (HASH, HASH, b"n" * 20):
+    for info_hash in (HASH, *newer):
         with pytest.raises(bitbreeze.TrackerError, match="Operator: upgrade this one"):
             Swarm(swarm.store, info_hash).announce(1, NOW + 1)
     assert swarm.announce(1, NOW + 1, event="stopped")[0] == (0, 0, 0, 0)
     assert swarm.counts(NOW + 10**8) == (0, 0, 0, 0)
     assert dict(swarm.store.swarms(NOW)) == {b"o" * 20: (0, 1, 0, 0)}
     swarm.store.tidy(NOW + 10**8)
-    assert [path.read_bytes() for path in paths] == kept
+    assert [path.read_bytes() for path in paths] == before
     assert not Path(swarm.store.folder, "damaged").exists()
     assert [record.message[: 11 + len(str(paths[0]))] for record in caplog.records] == [
         f"swarm file {paths[0]}"
     ]
     assert "was written by a newer BitBreeze" in caplog.text
-    for path in paths:  # the operator has gone back, or the other has converted it
+    put_version(swarm.store, places, 1)  # the operator has gone back
+    for info_hash in newer:
+        size = 100 if info_hash == OWN else 1
+        counts = Swarm(swarm.store, info_hash).announce(1, NOW + 2)[0]
+        assert counts == (0, size, 0, 0)
+
+
+OWN, SHELVED = b"n" * 20, b"s" * 20
+
+
+def put_version(store, places, version):
+    """Have files say that they are of a version: of two swarms, and of a shelf."""
+    for info_hash, (path, at) in places.items():
         with open(path, "r+b") as file:
-            file.write(b"swrm\x01")
-    assert swarm.announce(1, NOW + 2)[0] == (0, 1, 0, 0)
+            file.seek(4 if info_hash == SHELVED else at + 4)
+            file.write(bytes((version,)))
 
 
 def first_page(info_hash, number):
@@ -670,24 +706,27 @@ def test_files_of_format_1_are_read(make_store):
     assert swarm.announce(1, left=0, event="completed")[0].snatches == 77
 
 
+@pytest.mark.parametrize("size", [1, 100])
 @pytest.mark.parametrize("announces", [1, 5])
-def test_emptied_file_is_a_new_swarm(swarm, caplog, announces):
+def test_emptied_file_is_a_new_swarm(swarm, caplog, size, announces):
     for _ in range(announces):
-        swarm.announce(1)
-    os.truncate(swarm_path(swarm.store), 0)
+        for peer in range(size):
+            swarm.announce(peer)
+    os.truncate(kept(swarm.store.folder)[HASH][0], 0)
     assert swarm.announce(2)[0] == (0, 1, 0, 0)
     assert not caplog.records
 
 
-@pytest.mark.parametrize("size", [0, 1, 81, 1000, 4095, 4097, 9000])
-def test_a_file_cut_while_it_is_mapped_kills_nobody(swarm, size):
-    for peer in range(300):
+@pytest.mark.parametrize("size", [0, 1, 81, 1000, 4095, 4097, 9000, 16384, 18000])
+@pytest.mark.parametrize("peers", [60, 300])
+def test_a_file_cut_while_it_is_mapped_kills_nobody(swarm, peers, size):
+    for peer in range(peers):
         swarm.announce(peer)
-    os.truncate(swarm_path(swarm.store), size)
+    os.truncate(kept(swarm.store.folder)[HASH][0], size)
     for _ in range(2):  # one of them may come upon the damage
-        for peer in range(300):
+        for peer in range(peers):
             swarm.announce(peer)
-    assert swarm.counts() == (0, 300, 0, 0)
+    assert swarm.counts() == (0, peers, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -699,19 +738,30 @@ def test_files_are_mapped_where_that_is_safe(tmp_path, monkeypatch, kind, is_map
     swarm = Swarm(bitbreeze.FileStore(tmp_path, make_settings()))
     for expected in (False, is_mapped, is_mapped):  # from the second visit on
         swarm.announce(1)
-        assert bool(swarm.store._open[HASH].map) is expected
+        assert bool(swarm.store._known[HASH].file.map) is expected
+    for peer in range(100):
+        swarm.announce(peer)
+    for _ in range(2):
+        swarm.announce(1)
+    assert bool(swarm.store._open[HASH].file.map) is is_mapped
 
 
 def test_files_are_open_for_ten_seconds_and_so_many_at_most(make_store, monkeypatch):
     monkeypatch.setattr(bitbreeze, "OPEN_AT_MOST", 9)
     store = make_store()
     for number in range(20):
-        Swarm(store, bytes((number,)) * 20).announce(1)
+        fill(store, bytes((number,)) * 20)
         assert len(store._open) == min(number + 1, 6)
-    Swarm(store).announce(1, NOW + 9)
+    fill(store, HASH, NOW + 9)
     assert len(store._open) == 6
-    Swarm(store).announce(1, NOW + 10)
+    fill(store, HASH, NOW + 10)
     assert list(store._open) == [HASH]
+
+
+def fill(store, info_hash, now=NOW):
+    """Announce more peers than a shelf has room for."""
+    for peer in range(71):
+        Swarm(store, info_hash).announce(peer, now)
 
 
 def test_a_store_that_is_dropped_closes_its_files(tmp_path):
@@ -719,18 +769,22 @@ def test_a_store_that_is_dropped_closes_its_files(tmp_path):
     store = bitbreeze.FileStore(tmp_path, make_settings())
     for _ in range(3):
         Swarm(store).announce(1)
-    fd = store._open[HASH].fd
+        fill(store, OWN)
+    fds = store._known[HASH].file.fd, store._open[OWN].file.fd
     del store
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(fd)
+    for fd in fds:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
 
 
 def test_a_forked_child_has_no_file_of_its_parents(swarm):
     swarm.announce(1)
-    assert swarm.store._open
+    fill(swarm.store, OWN)
+    store = swarm.store
+    assert store._open and store._known and store._shelves
     child = os.fork()
     if not child:
-        os._exit(len(swarm.store._open))
+        os._exit(len(store._open) + len(store._known) + len(store._shelves))
     assert os.waitpid(child, 0)[1] == 0
 
 
@@ -776,7 +830,7 @@ def whole_file(store, peers):
         event = ("", "paused", "completed")[peer % 3]
         swarm.announce(peer, left=peer % 3 % 2, event=event)
         swarm.announce(peer, left=peer % 3 % 2, event=event, address=ipv6(peer))
-    return swarm_path(store).read_bytes()
+    return rewrite(store.folder, HASH, lambda whole: whole)
 
 
 def put_flipped(folder, whole, flips):
@@ -821,14 +875,15 @@ def test_any_flipped_bytes_are_survived(tmp_path_factory, seed, flips):
     swarm = Swarm(store)
     for peer in range(rnd.choice([3, 75])):
         swarm.announce(peer, address=rnd.choice([ipv4, ipv6])(peer))
-    path = swarm_path(store)
-    data = bytearray(path.read_bytes())
-    for _ in range(flips):
-        data[rnd.choice([rnd.randrange(110), rnd.randrange(len(data))])] = (
-            rnd.randrange(256)
-        )
-    with open(path, "r+b") as file:
-        file.write(data)
+
+    def flip(data):
+        data = bytearray(data)
+        for _ in range(flips):
+            at = rnd.choice([rnd.randrange(110), rnd.randrange(len(data))])
+            data[at] = rnd.randrange(256)
+        return data
+
+    rewrite(store.folder, HASH, flip)
     for peer in (1, 90):
         for now in (NOW, NOW + 2000):
             try:
@@ -842,11 +897,179 @@ def test_a_partial_seed_that_was_not_counted_is_damage(make_store):
     store = make_store()
     swarm = Swarm(store)
     swarm.announce(1)
-    with open(swarm_path(store), "r+b") as file:
-        file.seek(bitbreeze._WHOS + 24)
-        file.write(bytes((bitbreeze.PARTIAL,)))
+    at = bitbreeze._WHOS + 24
+    partial = bytes((bitbreeze.PARTIAL,))
+    rewrite(store.folder, HASH, lambda data: data[:at] + partial + data[at + 1 :])
     swarm.announce(1, event="stopped")
     assert swarm.announce(2)[0] == (0, 1, 0, 0)
+
+
+# -- Shelves
+
+
+def on_shelf(number, shelf=1):
+    """Return info_hashes that share a shelf, and fill its buckets evenly."""
+    return [bytes((shelf, at % 46)) + at.to_bytes(18, "big") for at in range(number)]
+
+
+def test_swarms_a_shelf_has_no_room_for_have_files_of_their_own(make_store):
+    """They are those whose bucket is full, and that of zeros, as free entries are."""
+    store = make_store()
+    swarms = [Swarm(store, bytes((7, 9, number)) * 6 + b"ab") for number in range(40)]
+    swarms.append(Swarm(store, bytes(20)))
+    for _ in range(3):
+        for number, swarm in enumerate(swarms):
+            assert swarm.announce(number)[0] == (0, 1, 0, 0)
+    found = kept(store.folder)
+    assert set(found) == {swarm.info_hash for swarm in swarms}
+    assert sum(at > 0 for _, at in found.values()) == 16
+    assert len(list(store.swarms(NOW))) == len(list(make_store().swarms(NOW))) == 41
+
+
+def test_a_place_that_is_free_is_used_again(make_store):
+    store = make_store(swarm_ttl=0)
+    for age in range(3):
+        for info_hash in on_shelf(50):
+            Swarm(store, info_hash).announce(age, NOW + age * (TTL + 1))
+        list(store.swarms(NOW + age * (TTL + 1)))
+        ((path, _),) = {(path, 0) for path, _ in kept(store.folder).values()}
+        assert path.stat().st_size == 16384 + 50 * 4096
+        if age == 0:
+            list(store.swarms(NOW + TTL + 1))
+            assert not kept(store.folder)
+
+
+def crowded_shelf(folder):
+    """Return a store with a shelf of 100 swarms, of whom a tenth stays."""
+    store = bitbreeze.FileStore(folder, make_settings(swarm_ttl=0))
+    for number, info_hash in enumerate(on_shelf(100)):
+        for peer in range(3):
+            Swarm(store, info_hash).announce(peer, NOW + 100 * (number % 10 == 0))
+    return store, on_shelf(100)[::10]
+
+
+def test_a_shelf_that_is_mostly_free_is_given_back(tmp_path):
+    now = NOW + TTL + 50
+    store, staying = crowded_shelf(tmp_path / "data")
+    other = bitbreeze.FileStore(tmp_path / "data", make_settings())
+    for info_hash in staying:  # it has the shelf open, and knows who is there
+        assert Swarm(other, info_hash).announce(3, now)[0] == (0, 4, 0, 0)
+    tidied(now)(Swarm(store))
+    assert not list(Path(store.folder, "shelves").iterdir())
+    found = {info_hash: (swarm_path(store, info_hash), 0) for info_hash in staying}
+    assert kept(store.folder) == found
+    check_number(store)
+    for info_hash in staying:
+        for each in (store, other):
+            assert Swarm(each, info_hash).counts(now) == (0, 4, 0, 0)
+    for each in (other, store):  # on a new shelf, for both
+        Swarm(each, on_shelf(2)[1]).announce(1, now)
+    assert Swarm(store, on_shelf(2)[1]).counts(now) == (0, 1, 0, 0)
+    assert len(kept(store.folder)) == len(staying) + 1
+
+
+@pytest.mark.parametrize("kind", ["kill", "error"])
+def test_a_fault_in_giving_back_a_shelf_loses_nothing(tmp_path, kind):
+    now, calls = NOW + TTL + 50, 0
+    crowded_shelf(tmp_path / "prepared")
+    while True:
+        folder = tmp_path / "data"
+        shutil.copytree(tmp_path / "prepared", folder)
+        store = bitbreeze.FileStore(folder, make_settings(swarm_ttl=0))
+        struck = Faulty(kind, calls).strike(tidied_first(now), Swarm(store))
+        for each in (store, bitbreeze.FileStore(folder, make_settings(swarm_ttl=0))):
+            for info_hash in on_shelf(100)[::10]:
+                assert Swarm(each, info_hash).counts(now) == (0, 3, 0, 0)
+        tidied_first(now)(Swarm(each))
+        assert len(kept(folder)) == 10
+        if not struck:
+            break
+        shutil.rmtree(folder)
+        calls += 7 if calls > 50 else 1
+    assert calls > 50
+
+
+def tidied_first(now):
+    """Return what looks through the folder that those of ``on_shelf`` are of."""
+
+    def tidy(swarm):
+        swarm.store._next, swarm.store._tidied = 0, 0
+        swarm.store.tidy(now)
+
+    return tidy
+
+
+@pytest.mark.parametrize(
+    "at", [*range(20), *range(192, 16384, 1000), *range(192 + 352, 192 + 396)]
+)
+def test_any_flipped_byte_of_a_directory_is_survived(tmp_path, caplog, at):
+    """At the most the swarm goes that is named there, and it fills again."""
+    store, swarms = bitbreeze.FileStore(tmp_path, make_settings()), on_shelf(60)
+    for peer in range(3):
+        for info_hash in swarms:
+            Swarm(store, info_hash).announce(peer)
+    ((path, _), *_) = kept(tmp_path).values()
+    with open(path, "r+b") as file:
+        file.seek(at)
+        (was,) = file.read(1)
+        file.seek(at)
+        file.write(bytes((was ^ (255 if at == 4 else 1 << at % 8),)))
+    is_newer = at == 4
+    for each in (store, bitbreeze.FileStore(tmp_path, make_settings())):
+        for info_hash in swarms:
+            with suppress(bitbreeze.TrackerError):
+                for peer in range(2):
+                    assert Swarm(each, info_hash).announce(peer)[0].leechers <= 3
+        list(each.peers(NOW))
+    if is_newer:
+        return
+    counts = store.scrape(swarms, NOW)
+    assert all(2 <= counts[info_hash].leechers <= 3 for info_hash in swarms)
+    assert sum(each.leechers == 2 for each in counts.values()) <= 2
+    assert at >= 20 or "was damaged" in caplog.text
+
+
+def test_a_swarm_that_moves_when_its_entry_is_lost_takes_no_other_along(tmp_path):
+    store, (first, second) = bitbreeze.FileStore(tmp_path, make_settings()), on_shelf(2)
+    for peer in range(70):
+        Swarm(store, first).announce(peer)
+    Swarm(store, second).announce(1)
+    path, _ = kept(tmp_path)[first]
+    shelf = path.read_bytes()
+    with open(path, "r+b") as file:
+        file.seek(shelf.index(first, 192))
+        file.write(bytes(22))
+    for peer in range(75):
+        Swarm(store, first).announce(peer)
+    for each in (store, bitbreeze.FileStore(tmp_path, make_settings())):
+        counts = each.scrape([first, second], NOW)
+        assert [each.leechers for each in counts.values()] == [5, 1]
+
+
+@pytest.mark.parametrize("peers", [0, 60, 70, 100])
+def test_who_waits_for_a_swarm_that_goes_finds_the_next(tmp_path, monkeypatch, peers):
+    """It goes while another thread waits: it is dropped, or gets a file of its own."""
+    store, now = bitbreeze.FileStore(tmp_path, make_settings(swarm_ttl=0)), NOW
+    for peer in range(peers or 1):
+        Swarm(store).announce(peer)
+    if not peers:
+        Swarm(store).announce(0, event="stopped")
+    newcomers = range(3000, 3000 + bool(peers))
+    waits, enter = [True], bitbreeze.SwarmFile.__enter__
+
+    def wait(file):
+        if waits:
+            waits.clear()
+            list(store.swarms(now))
+            for peer in newcomers:
+                Swarm(store).announce(peer)
+        return enter(file)
+
+    monkeypatch.setattr(bitbreeze.SwarmFile, "__enter__", wait)
+    Swarm(store).announce(2000)
+    assert not waits
+    other = bitbreeze.FileStore(tmp_path, make_settings())
+    assert Swarm(other).counts().leechers == peers + len(newcomers) + 1
 
 
 # -- Kills and errors, at every call to the system
@@ -937,14 +1160,25 @@ def torn(number):
     return prepare
 
 
+def torn_from_shelf(number):
+    """Return what leaves a swarm as a kill does after so many writes of a move."""
+
+    def prepare(swarm):
+        crowd(70)(swarm)
+        Faulty("kill", number, {"pwrite"}).strike(announced(70), swarm)
+        assert swarm_path(swarm.store).exists() == (number > 0)
+
+    return prepare
+
+
 def damaged(number, at):
     """Return what leaves a swarm with something else in its file."""
 
     def prepare(swarm):
         crowd(number)(swarm)
-        with open(swarm_path(swarm.store), "r+b") as file:
-            file.seek(at)
-            file.write(b"something else" * 9)
+        other = b"something else" * 9
+        after = at + len(other)
+        rewrite(swarm.store.folder, HASH, lambda it: it[:at] + other + it[after:])
 
     return prepare
 
@@ -962,7 +1196,7 @@ def swarms(number):
 def an_empty_file(swarm):
     """Leave what a kill leaves when a file is made, and nothing written to it yet."""
     crowd(1)(swarm)
-    os.truncate(swarm_path(swarm.store), 0)
+    os.truncate(kept(swarm.store.folder)[HASH][0], 0)
     Path(swarm.store.folder, "swarms.count").write_bytes(bytes(8))
 
 
@@ -1029,6 +1263,18 @@ CASES = {
         for n in (2, 3)
         for what, act in (("scrape", scraped(NOW + 100)), ("newcomer", announced(999)))
     },
+    **{
+        f"{what} after a kill in moving, {n} writes done": Case(
+            torn_from_shelf(n), act, now
+        )
+        for n in (0, 1, 2)
+        for what, act, now in (
+            ("scrape", scraped(NOW + 100), NOW + 100),
+            ("newcomer", announced(70), NOW + 100),
+            ("walk", walked(LATER), LATER),
+            ("end", walked(LATER + 50), LATER + 50),
+        )
+    },
     "nobody left of many": Case(crowd(500), scraped(LATER + 50), LATER + 50),
     "walk over the expired": Case(swarms(2), walked(LATER), LATER),
     "tidy": Case(swarms(2), tidied(LATER), LATER),
@@ -1056,13 +1302,13 @@ def observed(store, now):
 
 
 def check_number(store):
-    """Fail unless the number of swarm files, after a walk over all, is right."""
+    """Fail unless the number of swarms, after a walk over all, is right."""
     number = Path(store.folder, "swarms.count").read_bytes()
-    assert int.from_bytes(number, "little") == len(swarm_files(store))
+    assert int.from_bytes(number, "little") == len(kept(store.folder))
 
 
 def disk_use(store):
-    return sum(path.stat().st_size for path in swarm_files(store))
+    return sum(path.stat().st_size for path in files(store))
 
 
 @pytest.mark.parametrize("kind", ["kill", "error"])

@@ -12,11 +12,13 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import product
 from threading import Event, Lock
 
 import bencoder
 import psutil
 import pytest
+from conftest import kept, rewrite
 from servers import (
     announce,
     announce_path,
@@ -340,7 +342,6 @@ def of_another_swarm(data):
 
 
 DAMAGES = (
-    cut_short,
     cut_behind_the_head,
     filled_at_random,
     of_no_version,
@@ -357,14 +358,14 @@ def shared(tmp_path_factory):
         yield server, folder / "data"
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("peers", [5, 100])
+@pytest.mark.parametrize(
+    ("peers", "damage"), [(100, cut_short), *product((5, 100), DAMAGES)]
+)
 def test_a_damaged_file_is_set_aside(shared, damage, peers):
     server, data = shared
     info_hash = os.urandom(20)
     fill(server, info_hash, peers)
-    path = swarm_file(data, info_hash)
-    path.write_bytes(damage(path.read_bytes()))
+    rewrite(data, info_hash, damage)
     assert join(server, info_hash, 0) == 1
     assert fill(server, info_hash, 20) == 20
     aside = data / "damaged" / info_hash.hex()
@@ -377,7 +378,7 @@ def test_an_emptied_file_is_begun_anew(shared, peers):
     server, data = shared
     info_hash = os.urandom(20)
     fill(server, info_hash, peers)
-    swarm_file(data, info_hash).write_bytes(b"")
+    os.truncate(kept(data)[info_hash][0], 0)
     assert join(server, info_hash, 0) == 1
     assert fill(server, info_hash, 100) == 100
     assert not (data / "damaged" / info_hash.hex()).exists()
@@ -388,7 +389,7 @@ def test_a_lost_page_is_noticed_by_those_who_need_it(shared):
     server, data = shared
     info_hash = os.urandom(20)
     fill(server, info_hash, 100)
-    path = swarm_file(data, info_hash)
+    path, _ = kept(data)[info_hash]
     os.truncate(path, path.stat().st_size - 1)
     fill(server, info_hash, 100)  # not all of them need that page
     assert fill(server, info_hash, 100) == 100
@@ -407,11 +408,6 @@ def join(server, info_hash, number):
     reply = announce(server.url, info_hash, peer_id, 1000 + number, left=1)
     assert b"failure reason" not in reply
     return reply[b"incomplete"]
-
-
-def swarm_file(data, info_hash):
-    name = info_hash.hex()
-    return data / "swarms" / name[:2] / name
 
 
 def logged(server, info_hash):
