@@ -1806,15 +1806,15 @@ _not_shared = WeakSet()
 os.register_at_fork(after_in_child=lambda: [each.start_anew() for each in _not_shared])
 
 
+NOBODY, NOTHING = Peers(b"", b"", b""), Counts(0, 0, 0, 0)
+_ABSENT = Record(b"", 0, 0, 0, 0, _NOWHERE4, _NOWHERE6)
+_LOOPBACK6 = bytes(15) + b"\1"
+
+
 def _new_first(info_hash, now):
     """Return the first page of a swarm of which nothing is known yet, as bytes."""
     head = _SWARM_HEAD.pack(info_hash, os.urandom(8), 1, 0, 0, 0, 0, 0, now, QUIET)
     return (Page.empty(0).data[: _PAGE_HEAD.size] + head).ljust(PAGE, b"\0")
-
-
-NOBODY, NOTHING = Peers(b"", b"", b""), Counts(0, 0, 0, 0)
-_ABSENT = Record(b"", 0, 0, 0, 0, _NOWHERE4, _NOWHERE6)
-_LOOPBACK6 = bytes(15) + b"\1"
 
 
 def _open_locked(path, operation):

@@ -7,6 +7,7 @@ the processes that told it.
 import http.client
 import os
 import random
+import re
 import signal
 import socket
 import time
@@ -149,11 +150,21 @@ class KillStorm:
         """Kill a random worker, or all, again and again."""
         rnd = random.Random()
         while not self.is_over.wait(rnd.uniform(0, 2 * self.pause)):
-            workers = self.server.workers()
-            if workers:
+            if workers := self.workers():
                 everyone = rnd.random() < 0.1
                 kill(workers if everyone else [rnd.choice(workers)])
                 self.kills += 1
+
+    def workers(self):
+        """Return the pids of all workers, without uWSGI's router.
+
+        What a router leaves behind, when it is killed, a worker carries out all the
+        same, perhaps when its client has asked again, was answered, and has gone on: a
+        peer that has left would be back.
+        """
+        router = r"spawned uWSGI http \d+ \(pid: (\d+)\)"
+        routers = set(map(int, re.findall(router, self.server.log())))
+        return [pid for pid in self.server.workers() if pid not in routers]
 
     def run_client(self, number):
         """Announce the peers of one client, in any order, until the storm is over."""
