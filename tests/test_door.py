@@ -262,6 +262,14 @@ def test_what_the_system_is_asked(
     assert not found
 
 
+def test_what_the_system_is_asked_about_one_of_many_swarms(tracker, monkeypatch):
+    """No file is opened, though nothing of the swarm is remembered."""
+    monkeypatch.setattr(bitbreeze, "KNOWN_AT_MOST", 0)
+    client = a_client_of(tracker, monkeypatch, 20, is_mapped=True)
+    found = calls_of(lambda: client.announce(7), monkeypatch)
+    assert found == {"flock": 2, "lseek": 3}
+
+
 def test_what_the_system_is_asked_for_a_scrape(tracker, monkeypatch):
     client = a_client_of(tracker, monkeypatch, 20, is_mapped=True)
     found = calls_of(lambda: client.scrape(b"h" * 20), monkeypatch)

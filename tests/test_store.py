@@ -1269,9 +1269,7 @@ CASES = {
         )
         for n in (0, 1, 2)
         for what, act, now in (
-            ("scrape", scraped(NOW + 100), NOW + 100),
             ("newcomer", announced(70), NOW + 100),
-            ("walk", walked(LATER), LATER),
             ("end", walked(LATER + 50), LATER + 50),
         )
     },
