@@ -1198,6 +1198,17 @@ class Shelf(SwarmFile):
 
     __slots__ = ()
 
+    def would_open_again(self):
+        """Return whether its path leads here, and it may still be written."""
+        try:
+            fd = _open_quietly(self.path)
+        except OSError:
+            return False
+        try:
+            return os.path.sameopenfile(fd, self.fd)
+        finally:
+            os.close(fd)
+
     def directory(self):
         """Return what is before the pages, as bytes or memory.
 
@@ -2320,10 +2331,10 @@ class FileStore(Store):
                 self._open.pop(info_hash, None)
         for number, shelf in list(self._shelves.items()):
             if not 0 <= now - shelf.opened < 10:
-                # To map it anew would cost a page fault a swarm.
+                # It stays open if it may: to map it anew costs a page fault a swarm.
                 shelf.opened = now
                 self._known = {}  # make place for others
-                if not shelf.is_at_path():
+                if not shelf.would_open_again():
                     self._shelves.pop(number, None)
         if not self._open and not self._shelves:
             self._maps = None  # perhaps it is another disk

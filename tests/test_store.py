@@ -939,6 +939,17 @@ def test_a_place_that_is_free_is_used_again(make_store):
             assert not kept(store.folder)
 
 
+def test_a_shelf_that_may_not_be_opened_any_more_is_closed(swarm, monkeypatch):
+    def refuse(path):
+        raise OSError(errno.EROFS, "read-only file system")
+
+    swarm.announce(1)
+    monkeypatch.setattr(bitbreeze, "_open_quietly", refuse)
+    swarm.announce(1, NOW + 9)
+    with pytest.raises(OSError, match="read-only"):
+        swarm.announce(1, NOW + 10)
+
+
 def crowded_shelf(folder):
     """Return a store with a shelf of 100 swarms, of whom a tenth stays."""
     store = bitbreeze.FileStore(folder, make_settings(swarm_ttl=0))
