@@ -808,7 +808,7 @@ PARTIAL, SNATCHED = 1, 2  # bits of a peer's state
 TIDY_EVERY = 10  # seconds
 SHELVES = 64  # files that small swarms share
 SHELF_MAGIC = b"shlf\x01"  # with the version of the format
-BUCKETS, BUCKET = 46, 16  # of entries of a shelf, and how many entries are in each
+BUCKETS, BUCKET = 31, 16  # of entries of a shelf, and how many entries are in each
 KNOWN_AT_MOST = 4096  # swarms on shelves that a process remembers
 _QUIETLY = os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOATIME", 0)  # which is Linux's
 # Descriptors of swarm files that a process keeps: half of what it may have, less those
@@ -872,7 +872,7 @@ _ENDS6 = _ENDS4 + SLOTS * 6
 # A shelf: what begins it, where its entries and its pages are, and what an entry is.
 _SHELF_HEAD = SHELF_MAGIC + bytes(15)
 _RETIRED_SHELF = SHELF_MAGIC + b"\1" + bytes(14)
-_ENTRY = struct.Struct("<20sH")
+_ENTRY = struct.Struct("<20sH10x")  # in no two blocks, or a kill could cut a write
 _BUCKET = BUCKET * _ENTRY.size
 _PAGES = 4 * PAGE
 _ENTRIES = _PAGES - BUCKETS * _BUCKET
@@ -2121,11 +2121,11 @@ class FileStore(Store):
 
              0      5  "shlf" and the version of the format, 1
              5      1  0, or 1 for a shelf that is retired
-             6    186  zeros
-           192  16192  46 buckets of 16 entries: info_hash 20, place 2; zeros if free
+             6    506  zeros
+           512  15872  31 buckets of 16 entries: info_hash 20, place 2, 10 zeros
          16384         the pages, that of place 1 first
 
-    The second byte of the info_hash, modulo 46, says in which bucket a swarm is. Is
+    The second byte of the info_hash, modulo 31, says in which bucket a swarm is. Is
     that full, the swarm gets a file of its own at once; a swarm never comes back from
     there. It is moved so: its page is written to that file, retired on the shelf, and
     its entry freed. When most of a shelf is free, all who are left are moved, and the
@@ -2367,6 +2367,9 @@ class FileStore(Store):
                         self._known[info_hash] = swarm
                     return swarm
                 file = self._opened(SwarmFile, self._path(info_hash))
+                shelf = shelf or self._open_shelf(number)
+                if file and shelf and shelf.find(info_hash):
+                    continue  # it was begun meanwhile, and is about to move
                 if file:
                     swarm = Swarm(file, 0, *given)
                     if create:
@@ -2456,7 +2459,7 @@ class FileStore(Store):
         if swarm.file.holds(swarm):
             swarm.file.drop(swarm)
             # If _move_out was killed, the swarm has only gone to a file of its own.
-            if not os.path.exists(self._path(swarm.info_hash)):
+            if not (swarm.at and os.path.exists(self._path(swarm.info_hash))):
                 self._count_swarms(lambda number: number - 1)
 
     def _set_aside(self, swarm, error):

@@ -139,7 +139,7 @@ def kept(data):
     found = {}
     for path in Path(data, "shelves").glob("[0-9a-f][0-9a-f]"):
         shelf = path.read_bytes()
-        for at in range(192, min(len(shelf), 16384), 22):
+        for at in range(512, min(len(shelf), 16384), 32):
             if place := int.from_bytes(shelf[at + 20 : at + 22], "little"):
                 found[shelf[at : at + 20]] = path, 16384 + (place - 1) * 4096
     for path in Path(data, "swarms").glob("??/" + "?" * 40):

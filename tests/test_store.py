@@ -909,7 +909,7 @@ def test_a_partial_seed_that_was_not_counted_is_damage(make_store):
 
 def on_shelf(number, shelf=1):
     """Return info_hashes that share a shelf, and fill its buckets evenly."""
-    return [bytes((shelf, at % 46)) + at.to_bytes(18, "big") for at in range(number)]
+    return [bytes((shelf, at % 31)) + at.to_bytes(18, "big") for at in range(number)]
 
 
 def test_swarms_a_shelf_has_no_room_for_have_files_of_their_own(make_store):
@@ -1011,7 +1011,7 @@ def tidied_first(now):
 
 
 @pytest.mark.parametrize(
-    "at", [*range(20), *range(192, 16384, 1000), *range(192 + 352, 192 + 396)]
+    "at", [*range(20), *range(512, 16384, 1000), *range(1024, 1024 + 44)]
 )
 def test_any_flipped_byte_of_a_directory_is_survived(tmp_path, caplog, at):
     """At the most the swarm goes that is named there, and it fills again."""
@@ -1048,8 +1048,8 @@ def test_a_swarm_that_moves_when_its_entry_is_lost_takes_no_other_along(tmp_path
     path, _ = kept(tmp_path)[first]
     shelf = path.read_bytes()
     with open(path, "r+b") as file:
-        file.seek(shelf.index(first, 192))
-        file.write(bytes(22))
+        file.seek(shelf.index(first, 512))
+        file.write(bytes(32))
     for peer in range(75):
         Swarm(store, first).announce(peer)
     for each in (store, bitbreeze.FileStore(tmp_path, make_settings())):
