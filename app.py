@@ -1098,9 +1098,8 @@ def _entry(directory, info_hash, wanted):
 
 def _entries_of(directory):
     """Return (info_hash, place) of all swarms on a shelf."""
-    entries = directory[_ENTRIES:_PAGES]
-    whole = entries[: len(entries) // _ENTRY.size * _ENTRY.size]
-    return [entry for entry in _ENTRY.iter_unpack(whole) if entry[1]]
+    entries = _ENTRY.iter_unpack(directory[_ENTRIES:_PAGES])
+    return [entry for entry in entries if entry[1]]
 
 
 def _find(column, endpoint):
@@ -1210,14 +1209,16 @@ class Shelf(SwarmFile):
             os.close(fd)
 
     def directory(self):
-        """Return what is before the pages, as bytes or memory.
+        """Return what is before the pages, and perhaps these, as bytes or memory.
 
-        It need not be locked: an entry may change meanwhile, as it may afterwards.
+        What its file lacks is zeros. It need not be locked: an entry may change
+        meanwhile, as it may afterwards.
         Raise DamagedError, NewerError or RetiredError.
         """
         data = _whole(self.map, self.fd)
-        if data is None:
+        if data is None or len(data) < _PAGES:
             data = os.pread(self.fd, _PAGES, 0) or _SHELF_HEAD  # only just made
+            data = data.ljust(_PAGES, b"\0")
         head = data[:20]
         if head == _SHELF_HEAD:
             return data
@@ -1240,7 +1241,7 @@ class Shelf(SwarmFile):
 
     def put(self, info_hash, page):
         """Give a swarm a place, and its page; return whether there is one left."""
-        directory = self.directory()[:_PAGES].ljust(_PAGES, b"\0")
+        directory = self.directory()
         at = _entry(directory, info_hash, _FREE)
         # The swarm of 20 zeros, which nobody has, gets a file of its own.
         if not at or not any(info_hash):

@@ -717,7 +717,7 @@ def test_emptied_file_is_a_new_swarm(swarm, caplog, size, announces):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("size", [0, 1, 81, 1000, 4095, 4097, 9000, 16384, 18000])
+@pytest.mark.parametrize("size", [0, 1, 81, 1000, 3605, 4095, 4097, 9000, 16384, 18000])
 @pytest.mark.parametrize("peers", [60, 300])
 def test_a_file_cut_while_it_is_mapped_kills_nobody(swarm, peers, size):
     for peer in range(peers):
