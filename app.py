@@ -1060,7 +1060,7 @@ class Page:
         # A zero there is a port below 256, or none. Without any, all can be reached.
         if not (own4 and 0 not in ends4[4::6] or own6 and 0 not in ends6[16::18]):
             ids, ends4, ends6, pool = _reachable(ids, ends4, ends6)
-        while (at := _find(ends4, own4)) >= 0 or (at := _find(ends6, own6)) >= 0:
+        while (at := _find(ends4, own4, 6)) >= 0 or (at := _find(ends6, own6, 18)) >= 0:
             pool -= 1
             ids, ends4, ends6 = _run(at + 1, pool, ids, ends4, ends6)
         if pool <= wanted:
@@ -1089,11 +1089,8 @@ def _run(first, count, ids, ends4, ends6):
 def _entry(directory, info_hash, wanted):
     """Return where the entry of a swarm is on a shelf, or a free one for it; or 0."""
     start = _ENTRIES + info_hash[1] % BUCKETS * _BUCKET
-    bucket = directory[start : start + _BUCKET]
-    at = bucket.find(wanted)
-    while at > 0 and at % _ENTRY.size:  # by chance, across two others
-        at = bucket.find(wanted, at + 1)
-    return start + at if at >= 0 else 0
+    number = _find(directory[start : start + _BUCKET], wanted, _ENTRY.size)
+    return start + number * _ENTRY.size if number >= 0 else 0
 
 
 def _entries_of(directory):
@@ -1102,14 +1099,22 @@ def _entries_of(directory):
     return [entry for entry in entries if entry[1]]
 
 
-def _find(column, endpoint):
-    """Return where an endpoint stands in a column, or -1."""
-    if not endpoint:
+def _at_place(place):
+    """Return where on a shelf the page of a place begins; places count from 1."""
+    return _PAGES + (place - 1) * PAGE
+
+
+def _find(column, wanted, width):
+    """Return the number of the item that begins so in a column, or -1.
+
+    ``width`` is that of the items, in bytes. An empty endpoint is nowhere.
+    """
+    if not wanted:
         return -1
-    at = column.find(endpoint)
-    while at > 0 and at % len(endpoint):  # by chance, across two others
-        at = column.find(endpoint, at + 1)
-    return at // len(endpoint)
+    at = column.find(wanted)
+    while at > 0 and at % width:  # by chance, across two others
+        at = column.find(wanted, at + 1)
+    return at // width
 
 
 def _reachable(ids, ends4, ends6):
@@ -1236,8 +1241,8 @@ class Shelf(SwarmFile):
         """Return where the page of a swarm begins, 0 if it is not here."""
         directory = self.directory()
         at = _entry(directory, info_hash, info_hash)
-        place = directory[at + 20] | directory[at + 21] << 8 if at else 0
-        return place and _PAGES + (place - 1) * PAGE
+        place = _ENTRY.unpack_from(directory, at)[1] if at else 0
+        return place and _at_place(place)
 
     def put(self, info_hash, page):
         """Give a swarm a place, and its page; return whether there is one left."""
@@ -1249,7 +1254,7 @@ class Shelf(SwarmFile):
         taken = {place for _, place in _entries_of(directory)}
         place = next(place for place in count(1) if place not in taken)
         _write(self.fd, _SHELF_HEAD, 0)  # first, as the file may be new
-        _write(self.fd, page, _PAGES + (place - 1) * PAGE)
+        _write(self.fd, page, _at_place(place))
         _write(self.fd, _ENTRY.pack(info_hash, place), at)
         return True
 
@@ -1265,7 +1270,7 @@ class Shelf(SwarmFile):
     def set_aside(self, swarm, path):
         page = self.page(swarm.at)
         Path(path).write_bytes(page)
-        if page[16:36] == swarm.info_hash:  # else it may be the page of another
+        if _owner(page) == swarm.info_hash:  # else it may be the page of another
             swarm.condemn()
         self.drop(swarm)
 
@@ -1281,8 +1286,8 @@ class Shelf(SwarmFile):
         """Make the directory anew, of the pages that are whole; it must be locked."""
         directory = bytearray(_SHELF_HEAD.ljust(_PAGES, b"\0"))
         for place in range(1, self.pages() + 1):
-            at = _PAGES + (place - 1) * PAGE
-            swarm = Swarm(self, at, self.page(at)[16:36], settings)
+            at = _at_place(place)
+            swarm = Swarm(self, at, _owner(self.page(at)), settings)
             with suppress(DamagedError, NewerError, RetiredError):
                 swarm.begin(now)
                 at = _entry(directory, swarm.info_hash, _FREE)
@@ -1817,7 +1822,6 @@ class Swarm:
 _not_shared = WeakSet()
 os.register_at_fork(after_in_child=lambda: [each.start_anew() for each in _not_shared])
 
-
 NOBODY, NOTHING = Peers(b"", b"", b""), Counts(0, 0, 0, 0)
 _ABSENT = Record(b"", 0, 0, 0, 0, _NOWHERE4, _NOWHERE6)
 _LOOPBACK6 = bytes(15) + b"\1"
@@ -1827,6 +1831,11 @@ def _new_first(info_hash, now):
     """Return the first page of a swarm of which nothing is known yet, as bytes."""
     head = _SWARM_HEAD.pack(info_hash, os.urandom(8), 1, 0, 0, 0, 0, 0, now, QUIET)
     return (Page.empty(0).data[: _PAGE_HEAD.size] + head).ljust(PAGE, b"\0")
+
+
+def _owner(page):
+    """Return the info_hash of the swarm that a first page says it is of."""
+    return page[_PAGE_HEAD.size : _PAGE_HEAD.size + 20]
 
 
 def _open_locked(path, operation):
@@ -2359,7 +2368,7 @@ class FileStore(Store):
         """
         number, given = info_hash[0] % SHELVES, (info_hash, self.settings)
         while True:
-            shelf = self._shelves.get(number) or self._open_shelf(number)
+            shelf = self._shelf(number)
             try:
                 at = shelf.find(info_hash) if shelf else 0
                 if at:
@@ -2368,10 +2377,10 @@ class FileStore(Store):
                         self._known[info_hash] = swarm
                     return swarm
                 file = self._opened(SwarmFile, self._path(info_hash))
-                shelf = shelf or self._open_shelf(number)
-                if file and shelf and shelf.find(info_hash):
-                    continue  # it was begun meanwhile, and is about to move
                 if file:
+                    shelf = shelf or self._shelf(number)
+                    if shelf and shelf.find(info_hash):
+                        continue  # it was begun meanwhile, and is about to move
                     swarm = Swarm(file, 0, *given)
                     if create:
                         self._close_some()
@@ -2468,8 +2477,7 @@ class FileStore(Store):
         self._forget(swarm)
         if not swarm.file.holds(swarm):
             return
-        aside = f"{self.folder}/damaged/{swarm.info_hash.hex()}"
-        os.makedirs(os.path.dirname(aside), 0o700, exist_ok=True)
+        aside = self._aside(swarm.info_hash.hex())
         self._unlink_stale(swarm)
         swarm.file.set_aside(swarm, aside)
         log.error(
@@ -2477,6 +2485,12 @@ class FileStore(Store):
             *(swarm.file.path, error, aside),
         )
         self._count_swarms(lambda number: number - 1)
+
+    def _aside(self, name):
+        """Return where what is damaged is kept; make the folder."""
+        folder = f"{self.folder}/damaged"
+        os.makedirs(folder, 0o700, exist_ok=True)
+        return f"{folder}/{name}"
 
     def _move_out(self, swarm):
         """Give a swarm on a shelf a file of its own.
@@ -2526,10 +2540,10 @@ class FileStore(Store):
     def _shelf_path(self, number):
         return f"{self.folder}/shelves/{number:02x}"
 
-    def _open_shelf(self, number):
-        """Return a shelf, or None if there is none."""
-        shelf = self._opened(Shelf, self._shelf_path(number))
-        if shelf:
+    def _shelf(self, number):
+        """Return a shelf, which stays open, or None if there is none."""
+        shelf = self._shelves.get(number)
+        if shelf is None and (shelf := self._opened(Shelf, self._shelf_path(number))):
             self._shelves[number] = shelf
         return shelf
 
@@ -2541,7 +2555,7 @@ class FileStore(Store):
 
     def _on_shelf(self, number):
         """Return the info_hashes of the swarms on a shelf."""
-        while shelf := self._shelves.get(number) or self._open_shelf(number):
+        while shelf := self._shelf(number):
             try:
                 return shelf.swarms()
             except (DamagedError, RetiredError):
@@ -2566,8 +2580,7 @@ class FileStore(Store):
                 pass  # the next look sees to it
 
     def _rebuild(self, shelf, error):
-        aside = f"{self.folder}/damaged/shelf-{os.path.basename(shelf.path)}"
-        os.makedirs(os.path.dirname(aside), 0o700, exist_ok=True)
+        aside = self._aside(f"shelf-{os.path.basename(shelf.path)}")
         Path(aside).write_bytes(Path(shelf.path).read_bytes())
         shelf.rebuild(self._even, self.settings)
         log.error(
@@ -2583,16 +2596,17 @@ class FileStore(Store):
         """
         hashes = self._on_shelf(number)
         shelf = self._shelves.get(number)
-        pages = shelf.pages() if shelf else 0
+        if shelf is None:
+            return
+        pages = shelf.pages()
         if hashes and (pages < 64 or len(hashes) > pages / 4):
             return
         for info_hash in hashes:
             self._visit(info_hash, now, False, Swarm.leave_shelf)
-        if shelf:
-            with shelf, suppress(DamagedError, NewerError, RetiredError):
-                if not shelf.swarms():
-                    shelf.retire()
-            self._mend(number, shelf)
+        with shelf, suppress(DamagedError, NewerError, RetiredError):
+            if not shelf.swarms():
+                shelf.retire()
+        self._mend(number, shelf)
 
     def _count_swarms(self, change=lambda number: number):
         """Replace the number of swarm files by change(number), locked; return it."""

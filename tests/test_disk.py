@@ -165,8 +165,7 @@ client = Client(bitbreeze.create_app({{"data": sys.argv[1], "track": "any"}}))
 for number in range(300):  # more swarms than files that may be open
     assert b"peers" in client.announce(info_hash=b"%020d" % number), number
 taken = []
-store = client.app.tracker.store
-store._open, store._shelves = {{}}, {{}}  # which it would do itself
+client.app.tracker.store.start_anew()  # its files, which it would close itself
 try:
     while True:
         taken.append(os.open("/dev/null", os.O_RDONLY))

@@ -932,7 +932,7 @@ def test_a_place_that_is_free_is_used_again(make_store):
         for info_hash in on_shelf(50):
             Swarm(store, info_hash).announce(age, NOW + age * (TTL + 1))
         list(store.swarms(NOW + age * (TTL + 1)))
-        ((path, _),) = {(path, 0) for path, _ in kept(store.folder).values()}
+        (path,) = {path for path, _ in kept(store.folder).values()}
         assert path.stat().st_size == 16384 + 50 * 4096
         if age == 0:
             list(store.swarms(NOW + TTL + 1))
