@@ -1283,7 +1283,10 @@ class Shelf(SwarmFile):
         _write(self.fd, _RETIRED_SHELF, 0)
 
     def rebuild(self, now, settings):
-        """Make the directory anew, of the pages that are whole; it must be locked."""
+        """Make the directory anew, of the pages that are whole; it must be locked.
+
+        One that nobody is in may be the rest of a kill, of a swarm that is elsewhere.
+        """
         directory = bytearray(_SHELF_HEAD.ljust(_PAGES, b"\0"))
         for place in range(1, self.pages() + 1):
             at = _at_place(place)
@@ -1291,7 +1294,7 @@ class Shelf(SwarmFile):
             with suppress(DamagedError, NewerError, RetiredError):
                 swarm.begin(now)
                 at = _entry(directory, swarm.info_hash, _FREE)
-                if at:
+                if at and not swarm.is_forgettable():
                     _ENTRY.pack_into(directory, at, swarm.info_hash, place)
         _write(self.fd, directory[20:], 20)
         _write(self.fd, _SHELF_HEAD, 0)
@@ -2376,7 +2379,7 @@ class FileStore(Store):
                     if create and len(self._known) < KNOWN_AT_MOST:
                         self._known[info_hash] = swarm
                     return swarm
-                file = self._opened(SwarmFile, self._path(info_hash))
+                file = self._opened(SwarmFile, self._path(info_hash), self._now)
                 if file:
                     shelf = shelf or self._shelf(number)
                     if shelf and shelf.find(info_hash):
@@ -2396,11 +2399,11 @@ class FileStore(Store):
             except OSError as error:
                 self._close_unused(error)
 
-    def _opened(self, kind, path):
-        """Return an open SwarmFile or Shelf, or None if there is none."""
+    def _opened(self, opener, path, *how):
+        """Return what ``opener`` opens, or None if there is nothing at ``path``."""
         while True:
             try:
-                return kind(path, self._now)
+                return opener(path, *how)
             except FileNotFoundError:
                 return None
             except OSError as error:
@@ -2502,7 +2505,7 @@ class FileStore(Store):
         if not swarm.file.holds(swarm):
             return  # its entry was damaged: others do not find it there
         path = self._path(swarm.info_hash)
-        fd = _open_locked(f"{path}.new", fcntl.LOCK_EX)
+        fd = self._opened(_open_locked, f"{path}.new", fcntl.LOCK_EX)
         try:
             _write(fd, swarm.file.page(swarm.at), 0)
             os.replace(f"{path}.new", path)
@@ -2543,8 +2546,10 @@ class FileStore(Store):
     def _shelf(self, number):
         """Return a shelf, which stays open, or None if there is none."""
         shelf = self._shelves.get(number)
-        if shelf is None and (shelf := self._opened(Shelf, self._shelf_path(number))):
-            self._shelves[number] = shelf
+        if shelf is None:
+            shelf = self._opened(Shelf, self._shelf_path(number), self._now)
+            if shelf:
+                self._shelves[number] = shelf
         return shelf
 
     def _create_shelf(self, number):

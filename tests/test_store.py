@@ -9,7 +9,7 @@ import shutil
 import struct
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -948,6 +948,41 @@ def test_a_shelf_that_may_not_be_opened_any_more_is_closed(swarm, monkeypatch):
     swarm.announce(1, NOW + 9)
     with pytest.raises(OSError, match="read-only"):
         swarm.announce(1, NOW + 10)
+
+
+def test_a_swarm_that_needs_a_file_has_others_closed(swarm, monkeypatch):
+    """If no descriptor is left otherwise; if none is to be had, nothing is lost."""
+    store, locked = swarm.store, bitbreeze._open_locked
+    fill(store, OWN)
+    for peer in range(70):
+        swarm.announce(peer)
+
+    def open_locked(path, operation):
+        if is_refused or store._open:
+            raise OSError(errno.EMFILE, "too many open files", path)
+        return locked(path, operation)
+
+    monkeypatch.setattr(bitbreeze, "_open_locked", open_locked)
+    for is_refused in (True, False):
+        with pytest.raises(OSError, match="too many") if is_refused else nullcontext():
+            assert swarm.announce(70)[0].leechers == 71
+        assert swarm.counts().leechers == 70 + (not is_refused)
+    assert swarm_path(store).exists()
+
+
+def test_a_page_that_a_kill_left_behind_hides_no_swarm(swarm):
+    """Not even when a shelf is made anew of the pages that are whole."""
+    store, (other, *_) = swarm.store, on_shelf(1, HASH[0] % 64)
+    Swarm(store, other).announce(1)
+    path, _ = kept(store.folder)[other]
+    fill(store, HASH)
+    with open(path, "r+b") as file:
+        file.write(b"no shelf")
+        file.seek(0, os.SEEK_END)
+        file.write(bitbreeze._new_first(HASH, NOW))
+    again = bitbreeze.FileStore(store.folder, make_settings())
+    counts = again.scrape([HASH, other], NOW)
+    assert [each.leechers for each in counts.values()] == [71, 1]
 
 
 def crowded_shelf(folder):
