@@ -3817,6 +3817,8 @@ class Door:
             start_response("405 Method Not Allowed", [_TEXT, ("Allow", "GET, HEAD")])
             return [b"Clients announce and scrape with GET.\n"]
         body = self._reply(answer, environ)
+        if "gunicorn.socket" in environ:
+            _read_no_more(environ)
         start_response("200 OK", [_TEXT, ("Content-Length", str(len(body)))])
         return [body] if method == "GET" else []
 
@@ -3849,6 +3851,19 @@ def _answer_announce(tracker, environ, now):
 
 def _answer_scrape(tracker, environ, now):
     return scrape_reply(tracker.scrape(parse_scrape(environ), now), tracker.settings)
+
+
+def _read_no_more(environ):
+    """Tell gunicorn's sync worker that a client will say no more.
+
+    When it has answered, it would wait up to two seconds for the client to hang up, and
+    serve nobody meanwhile. (With -c app.py it waits for none, see Guest.)
+    """
+    client = environ["gunicorn.socket"]
+    # An encrypted one would go on in clear, and one that is kept has more to ask.
+    if type(client) is socket.socket and not environ["wsgi.multithread"]:
+        with suppress(OSError):  # it has gone
+            client.shutdown(socket.SHUT_RD)
 
 
 _ANSWERS = {

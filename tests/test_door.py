@@ -4,14 +4,18 @@ import errno
 import fcntl
 import logging
 import os
+import socket
+import ssl
 import subprocess
 import sys
 from collections import Counter
+from contextlib import ExitStack, nullcontext
 from types import BuiltinFunctionType
 
 import bencoder
 import pytest
 from conftest import escape, peer_id
+from servers import announce, announce_path, free_port, gunicorn, serving
 
 import app as bitbreeze
 
@@ -67,6 +71,57 @@ def test_flask_test_client_passes_the_same_door(tmp_path):
     app = bitbreeze.create_app({"data": str(tmp_path)})
     reply = app.test_client().get("/announce?" + QUERY)
     assert bencoder.bdecode(reply.data)[b"complete"] == 1
+
+
+def test_gunicorns_sync_worker_waits_for_nobody_to_hang_up(tmp_path):
+    """It would for two seconds, and the last of these would be told after a minute."""
+    port = free_port()
+    path = announce_path(b"h" * 20, peer_id(1), 6881)
+    with (
+        serving(gunicorn(port, 1, 1), port, {"TRACKER_DATA": str(tmp_path)}) as server,
+        ExitStack() as opened,
+    ):
+        for _ in range(30):
+            client = socket.create_connection(("127.0.0.1", port), timeout=20)
+            opened.enter_context(client)
+            client.sendall(f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+        assert announce(server.url, b"h" * 20, peer_id(2), 6882)[b"incomplete"] == 2
+        answer = b"".join(iter(lambda: client.recv(9999), b""))
+        assert b"Connection: close" in answer and b"d8:complete" in answer
+
+
+def _plain(each):
+    return each
+
+
+def _encrypted(each):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    return context.wrap_socket(each, server_side=True, do_handshake_on_connect=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_kept", "is_read"),
+    [
+        (_plain, False, False),
+        (_plain, True, True),  # a thread of gunicorn's may wait for the next request
+        (_encrypted, False, True),  # Python would go on in clear
+    ],
+)
+def test_what_is_read_no_more(tracker, kind, is_kept, is_read):
+    ours, client = socket.socketpair()
+    with client, kind(ours) as ours:
+        ours.setblocking(False)
+        asked = {"gunicorn.socket": ours, "wsgi.multithread": is_kept}
+        assert b"d8:complete" in tracker().get("/announce", QUERY, **asked)[2]
+        with pytest.raises(BlockingIOError) if is_read else nullcontext():
+            assert not os.read(ours.fileno(), 1)
+
+
+def test_a_client_that_has_gone_is_no_fault(tracker, caplog):
+    with socket.socket() as ours:  # not connected
+        asked = {"gunicorn.socket": ours, "wsgi.multithread": False}
+        assert b"d8:complete" in tracker().get("/announce", QUERY, **asked)[2]
+    assert not caplog.text
 
 
 def test_refusals_are_200_with_a_reason(tracker):
