@@ -2379,7 +2379,7 @@ class FileStore(Store):
                     if create and len(self._known) < KNOWN_AT_MOST:
                         self._known[info_hash] = swarm
                     return swarm
-                file = self._opened(SwarmFile, self._path(info_hash), self._now)
+                file = self._found(SwarmFile, self._path(info_hash))
                 if file:
                     shelf = shelf or self._shelf(number)
                     if shelf and shelf.find(info_hash):
@@ -2397,17 +2397,23 @@ class FileStore(Store):
             except NewerError:
                 return self._leave_alone(shelf.path, create)
             except OSError as error:
-                self._close_unused(error)
+                if not self._close_unused(error):
+                    raise
+
+    def _found(self, kind, path):
+        """Return an open SwarmFile or Shelf, or None if there is none."""
+        with suppress(FileNotFoundError):
+            return self._opened(kind, path, self._now)
+        return None
 
     def _opened(self, opener, path, *how):
-        """Return what ``opener`` opens, or None if there is nothing at ``path``."""
+        """Return what ``opener`` opens; others are closed if too many are open."""
         while True:
             try:
                 return opener(path, *how)
-            except FileNotFoundError:
-                return None
             except OSError as error:
-                self._close_unused(error)
+                if not self._close_unused(error):
+                    raise
 
     def _close_some(self):
         """Make room for one more file among those that are kept open."""
@@ -2416,11 +2422,15 @@ class FileStore(Store):
             kept.popitem()
 
     def _close_unused(self, error):
-        """Close what need not be open; raise ``error`` if it is another than that."""
+        """Close what need not be open; return whether that may help against ``error``.
+
+        To raise it here would have it, and what it came from, wait for a collection.
+        """
         is_excess = error.errno in (errno.EMFILE, errno.ENFILE)
         if not is_excess or not (self._open or self._shelves):
-            raise error
+            return False
         self._open, self._known, self._shelves = {}, {}, {}
+        return True
 
     def _map(self, file):
         """Map a file from its second visit on, where that is safe.
@@ -2547,7 +2557,7 @@ class FileStore(Store):
         """Return a shelf, which stays open, or None if there is none."""
         shelf = self._shelves.get(number)
         if shelf is None:
-            shelf = self._opened(Shelf, self._shelf_path(number), self._now)
+            shelf = self._found(Shelf, self._shelf_path(number))
             if shelf:
                 self._shelves[number] = shelf
         return shelf

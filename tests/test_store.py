@@ -970,6 +970,19 @@ def test_a_swarm_that_needs_a_file_has_others_closed(swarm, monkeypatch):
     assert swarm_path(store).exists()
 
 
+def test_a_folder_that_goes_while_a_swarm_moves_is_told_as_such(swarm, monkeypatch):
+    def open_locked(path, operation):
+        raise FileNotFoundError(errno.ENOENT, "no such folder", path)
+
+    for peer in range(70):
+        swarm.announce(peer)
+    with monkeypatch.context() as patched:
+        patched.setattr(bitbreeze, "_open_locked", open_locked)
+        with pytest.raises(FileNotFoundError):
+            swarm.announce(70)
+    assert swarm.announce(70)[0].leechers == 71
+
+
 def test_a_page_that_a_kill_left_behind_hides_no_swarm(swarm):
     """Not even when a shelf is made anew of the pages that are whole."""
     store, (other, *_) = swarm.store, on_shelf(1, HASH[0] % 64)
