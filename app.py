@@ -941,10 +941,7 @@ class Page:
     def find(self, peer_id):
         """Return the slot of a peer, or -1."""
         stop = _WHOS + self.peers * _WHO.size
-        at = self.data.find(peer_id, _WHOS, stop)
-        while at > 0 and (at - _WHOS) % _WHO.size:  # by chance, across two others
-            at = self.data.find(peer_id, at + 1, stop)
-        return (at - _WHOS) // _WHO.size if at > 0 else -1
+        return _find(self.data, peer_id, _WHO.size, _WHOS, stop)
 
     def __getitem__(self, slot):
         data, at4, at6 = self.data, _ENDS4 + slot * 6, _ENDS6 + slot * 18
@@ -1104,17 +1101,18 @@ def _at_place(place):
     return _PAGES + (place - 1) * PAGE
 
 
-def _find(column, wanted, width):
+def _find(data, wanted, width, start=0, stop=None):
     """Return the number of the item that begins so in a column, or -1.
 
-    ``width`` is that of the items, in bytes. An empty endpoint is nowhere.
+    ``width`` is that of the items, in bytes; the column is what is from ``start`` to
+    ``stop``. An empty endpoint is nowhere.
     """
     if not wanted:
         return -1
-    at = column.find(wanted)
-    while at > 0 and at % width:  # by chance, across two others
-        at = column.find(wanted, at + 1)
-    return at // width
+    at = data.find(wanted, start, stop)
+    while at >= 0 and (at - start) % width:  # by chance, across two others
+        at = data.find(wanted, at + 1, stop)
+    return (at - start) // width if at >= 0 else -1
 
 
 def _reachable(ids, ends4, ends6):
