@@ -1,50 +1,53 @@
 #!/usr/bin/env python3
-"""Measure what BitBreeze costs, part by part, and beside other trackers in one run.
+"""Measure what BitBreeze costs, beside other trackers and an earlier version of itself.
 
-    python tests/bench.py [PART ...] [--seconds 5] [--rounds 5] [--dir FOLDER]
+    python tests/bench.py [PART ...] [--before REVISION_OR_FOLDER] [--quick]
 
-Without a PART it does all of them, which takes a quarter of an hour:
+Without a PART, every part runs. That takes about ten minutes, or nearly twenty with
+--before, which measures another app.py in the same run: that of a git revision or of a
+folder. --quick takes a few minutes, but its figures are too rough to quote.
 
-    hosts     CPU time of an announce of the whole process tree (user and system), and
-              announces per second, under uWSGI beside an empty WSGI application,
-              opentracker and qBittorrent's tracker, one connection an announce
-    gunicorn  announces per second under gunicorn, beside an empty WSGI application
-    rooms     where an announce spends its time, from environ to bytes, in process
-    flat      whether it costs the same among 1,000 peers and 1,000,000, in a swarm of
-              60 and one of 200,000; what peers take of the disk and of memory
-    scrape    what a scrape of 60 torrents and the front page with 5,000 torrents cost,
-              in announces, under uWSGI and in process
-    site      what visits of that page cost those who announce, under uWSGI
-    start     how long a server takes from its start to its first answer; what an
-              announce costs as a CGI program, beside a Flask program that says nothing
+    uwsgi     CPU time per announce under uWSGI, beside qBittorrent's tracker,
+              opentracker and an empty WSGI application
+    gunicorn  the same under gunicorn with gevent workers, beside an empty application
+    inside    the stages of an announce within the process
+    flat      CPU time per announce from 1,000 to 1,000,000 peers, and in one swarm from
+              60 to 200,000 peers; memory of a worker
+    pages     a scrape of 60 torrents and the front page with 5,000, in announces
+    start     seconds from the start of a server to its first answer; an announce as a
+              CGI program, beside an empty Flask program
 
-On stdout are the figures, as Markdown, with their targets beside them; on stderr is
-what is being done. Rounds go A B C A B C, so that a drift of the machine hits all, and
-figures are medians over them. Quote the ratios, of one run.
+The results go to stdout as Markdown tables, with the limits that BitBreeze should keep.
+Progress goes to stderr. CPU time is user and system time of the whole process tree. All
+figures are medians. Applications take turns (A B C, A B C), so that a drift of the
+machine affects them all. Quote ratios from one run: absolute figures differ.
 
-Needs wrk (Debian's package), and psutil and pyuwsgi as tests/run installs them. The
-others take part if they are installed: Debian's opentracker and qbittorrent-nox.
+All parts but "inside" and "start" need wrk. Other trackers are measured if they are
+installed. On Debian: apt-get install wrk opentracker qbittorrent-nox
 """
 
 import argparse
+import atexit
 import hashlib
+import importlib.util
+import multiprocessing
 import os
-import platform
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
-import threading
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from unittest import mock
 from urllib.parse import quote
 from urllib.request import urlopen
 from wsgiref.util import setup_testing_defaults
@@ -53,13 +56,23 @@ import bencoder
 import psutil
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-SWARMS, PEERS = 500, 60
-LISTED = 5000  # torrents on the front page
-FRONT_PAGE = f"front page with {LISTED:,} torrents, warm"
-FEW, MORE, MANY = (17, 60), (1_667, 60), (16_667, 60)  # swarms, and peers in each
-SMALL, BIG = (1, 60), (1, 200_000)
-EMPTY = """
+PORTS = count(7101)  # below the ports that Linux gives to outgoing connections
+FILES = 20_000  # file descriptors that a process may have
+WARM_UP = 3  # seconds of requests that fill the caches of a server
+
+# Commands that serve the app.py of a folder, and other trackers.
+UWSGI = (
+    "uwsgi --chdir {app} --module app:app --http-socket 127.0.0.1:{port}"
+    " --master --processes 2 --buffer-size 32768 --disable-logging --die-on-term"
+)
+GUNICORN = "gunicorn app:app --chdir {app} -b 127.0.0.1:{port} -w 2"
+GEVENT = f"{GUNICORN} -k gevent"
+OTHERS = {
+    "opentracker": "-i 127.0.0.1 -p {port} -P {port} -d {folder}/.. -w allow.txt",
+    "qbittorrent-nox": "--profile={folder}",
+}
+EMPTY = "an empty application"
+EMPTY_WSGI = """
 def app(environ, start_response):
     start_response("200 OK", [("Content-Length", "400")])
     return [b"x" * 400]
@@ -71,859 +84,515 @@ app = Flask(__name__)
 app.add_url_rule("/announce", view_func=lambda: "x" * 400)
 CGIHandler().run(app)
 """
-QBITTORRENT = """[LegalNotice]
+QBITTORRENT_SETTINGS = """[LegalNotice]
 Accepted=true
 [BitTorrent]
 TrackerEnabled=true
 Session\\DHTEnabled=false
-Session\\LSDEnabled=false
-Session\\PeXEnabled=false
 Session\\Interface=lo
 Session\\InterfaceName=lo
-[Network]
-PortForwardingEnabled=false
 [Preferences]
 Advanced\\trackerPort={port}
-Connection\\UPnP=false
 WebUI\\Port={web}
-WebUI\\Address=127.0.0.1
 """
 
 
-class Run(NamedTuple):
-    """What a part is given."""
+class Workload:
+    """The announces of announce.lua. Peers have numbers and are dealt out to swarms."""
 
-    folder: Path  # its own, removed after it
-    seconds: int  # of announces in a round
-    rounds: int
+    def __init__(self, folder, swarms=500, peers=60, file="hashes.txt"):
+        """Choose info dictionaries, and write their info_hashes to a file for wrk."""
+        self.swarms, self.peers = swarms, peers  # peers in each swarm
+        info = {b"piece length": 2**20, b"pieces": bytes(2000), b"length": 10**8}
+        self.infos = [{**info, b"name": b"iso-%d" % i} for i in range(swarms)]
+        hashes = [hashlib.sha1(bencoder.bencode(each)) for each in self.infos]
+        self.escaped = [quote(each.digest(), safe="") for each in hashes]
+        (folder / file).write_text("".join(f"{each.hexdigest()}\n" for each in hashes))
+        sizes = {"SWARMS": str(swarms), "PEERS": str(peers)}
+        self.for_wrk = "announce.lua", {"HASHES": f"{folder}/{file}", **sizes}
 
-
-class Workload(NamedTuple):
-    """Announces of the peers that announce.lua makes up; a peer has a number."""
-
-    swarms: int
-    peers: int  # in each
-    hashes: Path  # file of info_hashes, 40 hex digits a line
-    escaped: list  # the same, as they stand in a query
-
-    def environ(self, number):
-        """Return the WSGI environ of an announce, the same that announce.lua sends."""
+    def query(self, number):
+        """Return the query that announce.lua sends for a peer."""
         member = number // self.swarms
-        environ = BROWSER | {"HTTP_USER_AGENT": "Transmission/4.04"}
-        environ["PATH_INFO"] = "/announce"
-        environ["QUERY_STRING"] = (
+        return (
             f"info_hash={self.escaped[number % self.swarms]}"
             f"&peer_id=-TR4040-{number:012}&port={1024 + member * 7 % 64000}"
             f"&uploaded=0&downloaded=0&left={1000 if member % 3 else 0}"
             "&numwant=50&key=2C4DEC5F&compact=1&supportcrypto=1"
         )
+
+    def environ(self, number):
+        """Return the WSGI environ of the announce of a peer."""
+        environ = {"REMOTE_ADDR": "127.0.0.1", "PATH_INFO": "/announce"}
+        environ |= {"QUERY_STRING": self.query(number), "HTTP_USER_AGENT": "Test/1.0"}
+        setup_testing_defaults(environ)
         return environ
 
-    def sample(self, number, seed=1):
-        """Return the environs of ``number`` announces, of peers at random."""
-        chosen = random.Random(seed)
-        among = range(self.swarms * self.peers)
-        return [self.environ(chosen.choice(among)) for _ in range(number)]
 
-    def fill(self, store, parse, settings):
-        """Announce every peer once in a store, swarm by swarm, without a server."""
-        total = self.swarms * self.peers
-        for swarm in range(self.swarms):
-            for number in range(swarm, total, self.swarms):
-                announce = parse(self.environ(number), settings)
-                store.announce(announce, 0, int(time.time()))
+def open_application(app, folder):
+    """Import the app.py of a folder; return (module, application with its data)."""
+    spec = importlib.util.spec_from_file_location("app", app / "app.py")
+    sys.modules["app"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    where = {"data": str(folder / "data"), "torrents": str(folder / "torrents")}
+    return module, module.create_app(where)
 
 
-# What every request has in its environ.
-BROWSER = {"REMOTE_ADDR": "127.0.0.1", "QUERY_STRING": "", "HTTP_ACCEPT": "*/*"}
-setup_testing_defaults(BROWSER)
+def fill(app, folder, workload):
+    """Announce every peer, in a child process because a store keeps files open."""
 
+    def announce_all():
+        module, application = open_application(app, folder)
+        tracker, total = application.tracker, workload.swarms * workload.peers
+        for number in sorted(range(total), key=lambda number: number % workload.swarms):
+            announce = module.parse_announce(workload.environ(number), tracker.settings)
+            tracker.store.announce(announce, 0, int(time.time()))
 
-def workload(folder, swarms=SWARMS, peers=PEERS, hashes=None):
-    """Return a Workload, in one-piece torrents unless there is a file of hashes."""
-    hashes = hashes or info_hashes(folder, swarms)
-    raw = [bytes.fromhex(line) for line in hashes.read_text().split()]
-    return Workload(swarms, peers, hashes, [quote(each, safe="") for each in raw])
-
-
-def info_hashes(folder, swarms):
-    """Write the info_hashes of one-piece torrents, and return the file's path."""
-    path = folder / "hashes.txt"
-    infos = [{b"length": 1, b"name": b"bench-%d.iso" % i} for i in range(swarms)]
-    hashes = [
-        hashlib.sha1(bencoder.bencode(info)).hexdigest().upper() for info in infos
-    ]
-    path.write_text("\n".join(hashes) + "\n")
-    return path
-
-
-def say(*words):
-    """Tell whoever waits what is being done."""
-    print(*words, file=sys.stderr, flush=True)
-
-
-def row(*cells):
-    """Print a row of a table."""
-    print("|", " | ".join(map(str, cells)), "|", flush=True)
-
-
-def head(*names):
-    """Print the first two rows of a table."""
-    print()
-    row(*names)
-    row(*["---"] * len(names))
-
-
-def sentence(text):
-    """Print a result that is no table."""
-    print(f"\n{text}", flush=True)
+    say(f"announcing {workload.swarms * workload.peers:,} peers")
+    (folder / "data").mkdir(parents=True)
+    child = multiprocessing.get_context("fork").Process(target=announce_all)
+    child.start()
+    child.join()
+    if child.exitcode:
+        sys.exit(f"{app}/app.py cannot announce the peers")
 
 
 # -- Servers --------------------------------------------------------------------------
 
 
-def uwsgi(port, folder, module):
-    """Return the command of uWSGI with two processes."""
-    return [
-        Path(sys.executable).with_name("uwsgi"),
-        *("--chdir", folder, "--module", module, "--master", "--processes", "2"),
-        *("--http-socket", f"127.0.0.1:{port}", "--buffer-size", "32768"),
-        *("--disable-logging", "--die-on-term"),
-    ]
+class Server:
+    """A server and its workers. They run inside a ``with`` block."""
 
-
-def gunicorn(port, folder, module, *options):
-    """Return the command of gunicorn with two sync workers."""
-    return [
-        *(Path(sys.executable).with_name("gunicorn"), "-w", "2"),
-        *("-b", f"127.0.0.1:{port}", "--chdir", folder, *options, module),
-    ]
-
-
-class Tracker:
-    """A tracker that serves, from one command, while in a ``with``."""
-
-    def __init__(self, name, port, command, folder, environ=None):
-        self.name, self.port, self.command, self.folder = name, port, command, folder
-        # Compiled files of ours are there at the second start, as on any host.
-        self.environ = {
-            "TRACKER_DATA": str(folder / "data"),
-            "TRACKER_TORRENTS": str(folder / "torrents"),
-            "PYTHONPYCACHEPREFIX": sys.pycache_prefix,
-            **(environ or {}),
-        }
+    def __init__(self, command, folder, app=None):
+        """Keep data in ``folder``. A command may name {folder}, {app} and {port}."""
+        self.folder, self.port = folder, free_port()
+        names = {"folder": folder, "app": app, "port": self.port}
+        self.command = [word.format(**names) for word in command.split()]
+        folder.mkdir()
 
     def __enter__(self):
+        data, torrents = f"{self.folder}/data", f"{self.folder}/torrents"
+        environ = os.environ | {"TRACKER_DATA": data, "TRACKER_TORRENTS": torrents}
         with open(self.folder / "log.txt", "ab") as log:
-            self.process = subprocess.Popen(
-                list(map(str, self.command)),
-                env={**os.environ, **self.environ}, stdout=log, stderr=log,
-                start_new_session=True,
-            )  # fmt: skip
-        try:
-            self._wait_until_it_listens()
-        except BaseException:
-            self.stop()
-            raise
+            output = {"stdout": log, "stderr": log, "start_new_session": True}
+            self.process = subprocess.Popen(self.command, env=environ, **output)
         return self
 
-    def _wait_until_it_listens(self):
-        deadline = time.monotonic() + 20
-        while True:
-            with socket.socket() as probe:
-                if not probe.connect_ex(("127.0.0.1", self.port)):
-                    return
-            if time.monotonic() > deadline or self.process.poll() is not None:
-                said = (self.folder / "log.txt").read_text()
-                sys.exit(f"{self.name} does not serve:\n{said}")
-            time.sleep(0.005)
-
     def __exit__(self, *_):
-        self.stop()
+        """Ask the server to stop, and kill after ten seconds whatever still runs."""
+        self.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def get(self, path, is_ready=bool):
+        """Request a path until ``is_ready(body)``, and return that body."""
+        deadline, body = time.monotonic() + 60, b""
+        url = f"http://127.0.0.1:{self.port}{path}"
+        while time.monotonic() < deadline and self.process.poll() is None:
+            with suppress(OSError), urlopen(url, timeout=20) as answer:
+                if is_ready(body := answer.read()):
+                    return body
+            time.sleep(0.005)
+        log = (self.folder / "log.txt").read_text()
+        sys.exit(f"{self.command} does not answer {path} as expected: {body}\n{log}")
+
+    def wait(self, workload):
+        """Announce the first peer until the server accepts it."""
+        self.get(f"/announce?{workload.query(0)}", lambda body: b"failure" not in body)
+
+    def cost(self, seconds, script, environ):
+        """Return CPU µs per request that wrk makes, and requests per second."""
+        before = self.cpu()
+        report = self.wrk(seconds, script, environ)
+        taken = self.cpu() - before
+        if "Non-2xx" in report:
+            sys.exit(f"{self.command} refuses requests:\n{report}")
+        requests = int(re.search(r"(\d+) requests in", report)[1])
+        rate = float(re.search(r"Requests/sec: +([\d.]+)", report)[1])
+        return 1e6 * taken / requests, rate
+
+    def wrk(self, seconds, script, environ):
+        """Have wrk make requests with 32 connections; return its report."""
+        command = ["wrk", "-t1", "-c32", f"-d{seconds}", "--timeout", "20"]
+        command += ["-s", str(HERE / script), f"http://127.0.0.1:{self.port}/"]
+        return subprocess.check_output(command, env=os.environ | environ, text=True)
 
     def cpu(self):
-        """Return the seconds that all its processes have used, of user and system."""
+        """Return the seconds of CPU time that all its processes have taken."""
         root = psutil.Process(self.process.pid)
         times = [each.cpu_times() for each in (root, *root.children(recursive=True))]
         return sum(each.user + each.system for each in times)
 
-    def memory(self):
-        """Return the bytes of its largest worker that no other process shares."""
-        workers = psutil.Process(self.process.pid).children(recursive=True)
-        taken = [worker.memory_full_info() for worker in workers]
-        return max(getattr(each, "uss", each.rss) for each in taken)
 
-    def announce(self, announced):
-        """Announce the first peer; raise OSError if nobody answers."""
-        query = announced.environ(0)["QUERY_STRING"]
-        url = f"http://127.0.0.1:{self.port}/announce?{query}"
-        with urlopen(url, timeout=20) as answer:
-            if b"failure" in (body := answer.read()):
-                sys.exit(f"{self.name} refuses an announce: {body}")
-
-    def measure(self, seconds, announced):
-        """Return CPU µs an announce and announces a second, of announces at random."""
-        self.announce(announced)  # or it is refusals that are measured
-        return self.cost(lambda: wrk(self.port, seconds, announced, CLOSE="1"))
-
-    def cost(self, ask):
-        """Return CPU µs a request and requests a second, of what ``ask`` does."""
-        before = self.cpu()
-        requests, rate = ask()
-        return 1e6 * (self.cpu() - before) / requests, rate
-
-    def stop(self):
-        """End it, by force after ten seconds, and whatever it has started."""
-        self.process.terminate()
-        try:
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(10)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+def free_port():
+    """Return the next port on which no server listens."""
+    for port in PORTS:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
 
 
-def wrk(port, seconds, announced, **environ):
-    """Announce for some seconds; return (announces, announces per second)."""
-    known = {
-        "HASHES": str(announced.hashes),
-        "SWARMS": str(announced.swarms),
-        "PEERS": str(announced.peers),
-    }
-    return asked(port, seconds, 32, "announce.lua", {**known, **environ})
-
-
-def meet(port, announced):
-    """Announce every peer, so that none is new to the tracker that is measured."""
-    seconds = 6
-    while (
-        wrk(port, seconds, announced, WARM="1")[0] < announced.swarms * announced.peers
-    ):
-        seconds *= 2
-
-
-def asked(port, seconds, connections, script, environ):
-    """Ask for some seconds what a script says; return (requests, requests a second)."""
-    out = subprocess.run(
-        [
-            *("wrk", "-t1", f"-c{connections}", f"-d{seconds}", "--timeout", "20"),
-            *("-s", HERE / script, f"http://127.0.0.1:{port}/"),
-        ],
-        env={**os.environ, **environ}, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    if "Non-2xx" in out:
-        sys.exit(out)
-    requests = int(re.search(r"(\d+) requests in", out)[1])
-    return requests, float(re.search(r"Requests/sec: +([\d.]+)", out)[1])
-
-
-def compared(trackers, run, announced):
-    """Return medians of CPU µs an announce and announces a second, by name.
-
-    The trackers take turns, each started anew, and met by every peer first.
-    """
-    results = {tracker.name: [] for tracker in trackers}
-    for number in range(run.rounds):
-        for tracker in trackers:
-            say(f"round {number + 1} of {run.rounds}: {tracker.name}")
-            with tracker:
-                meet(tracker.port, announced)
-                results[tracker.name].append(tracker.measure(run.seconds, announced))
-    return {name: medians(rows) for name, rows in results.items()}
-
-
-def medians(rows):
-    """Return the median of each column."""
-    return [statistics.median(column) for column in zip(*rows, strict=True)]
-
-
-# -- hosts ----------------------------------------------------------------------------
-
-
-def hosts(run):
-    """Put BitBreeze beside other trackers and an empty application."""
-    targets = {
-        "qbittorrent": "at most 0.85",
-        "opentracker": "at most 1.7",
-        "an empty WSGI application": "at most 1.7",
-    }
-    announced = workload(run.folder)
-    with in_memory() as memory:
-        trackers = installed(run.folder, announced.hashes, memory)
-        found = compared(trackers, run, announced)
-    ours = found["bitbreeze"][0]
-    head("tracker", "announces/s", "CPU µs an announce", "bitbreeze's to its", "target")
-    for name, (cpu, rate) in sorted(found.items(), key=lambda item: item[1]):
-        ratio, target = f"{ours / cpu:.2f}", targets.get(name, "")
-        row(name, f"{rate:,.0f}", f"{cpu:.1f}", ratio, target)
-
-
-@contextmanager
-def in_memory():
-    """Make a folder on a tmpfs; None if there is none."""
-    if not os.path.isdir("/dev/shm") or imported()._file_system("/dev/shm") != "tmpfs":
-        yield None
-        return
-    with tempfile.TemporaryDirectory(prefix="bench-", dir="/dev/shm") as folder:
-        yield folder
-
-
-def installed(folder, hashes, memory):
-    """Return a Tracker of each kind that is installed."""
-    (folder / "empty.py").write_text(EMPTY)
-    ours = uwsgi(7101, ROOT, "app:app")
-    empty = uwsgi(7102, folder, "empty:app")
-    found = [
-        Tracker("bitbreeze", 7101, ours, folder),
-        Tracker("an empty WSGI application", 7102, empty, folder),
-    ]
-    if memory:
-        ours, environ = uwsgi(7107, ROOT, "app:app"), {"TRACKER_DATA": memory}
-        name = "bitbreeze, its data on tmpfs"
-        found.append(Tracker(name, 7107, ours, folder, environ))
-    if shutil.which("opentracker"):
-        jail = folder / "opentracker"
-        jail.mkdir()
-        shutil.copy(hashes, jail / "allow.txt")
-        for path in (folder.parent, folder, jail):
-            path.chmod(0o755)  # it serves as nobody
-        command = [
-            *("opentracker", "-i", "127.0.0.1", "-p", "7103", "-P", "7103"),
-            *("-d", jail, "-u", "nobody", "-w", "allow.txt"),
-        ]
-        found.append(Tracker("opentracker", 7103, command, folder))
-    if shutil.which("qbittorrent-nox"):
-        config = folder / "qbittorrent/qBittorrent/config/qBittorrent.conf"
-        config.parent.mkdir(parents=True)
-        config.write_text(QBITTORRENT.format(port=7104, web=7105))
-        command = ["qbittorrent-nox", f"--profile={folder}/qbittorrent"]
-        found.append(Tracker("qbittorrent", 7104, command, folder))
-    return found
-
-
-# -- gunicorn -------------------------------------------------------------------------
-
-
-def under_gunicorn(run):
-    """Put BitBreeze beside an empty application on the same gunicorn."""
-    (run.folder / "empty.py").write_text(EMPTY)
-    announced, trackers, pairs = workload(run.folder), [], []
-    for port, options, words in (
-        (7111, (), "plain"),
-        (7113, ("-c", ROOT / "app.py"), "with -c app.py"),
-    ):
-        pairs.append((f"bitbreeze, {words}", f"an empty WSGI application, {words}"))
-        for at, name, folder, module in (
-            (port, pairs[-1][0], ROOT, "app:app"),
-            (port + 1, pairs[-1][1], run.folder, "empty:app"),
-        ):
-            command = gunicorn(at, folder, module, *options)
-            trackers.append(Tracker(name, at, command, run.folder))
-    found = compared(trackers, run, announced)
-    plain = found[pairs[0][1]][1]  # what everybody has who changes nothing
-    head(
-        *("application", "announces/s", "CPU µs an announce"),
-        *("to the empty one's", "to the plain empty one's", "target"),
-    )
-    for pair in pairs:
-        for name, target in zip(pair, ("at least 0.90", ""), strict=True):
-            cpu, rate = found[name]
-            shares = f"{rate / found[pair[1]][1]:.2f}", f"{rate / plain:.2f}"
-            row(name, f"{rate:,.0f}", f"{cpu:.0f}", *shares, target)
-
-
-# -- rooms ----------------------------------------------------------------------------
-
-
-def rooms(run):
-    """Print what each room takes of an announce by a known peer."""
-    bitbreeze, app, announced = in_process(run.folder)
-    environs = announced.sample(5000)
-    check_announces(app, environs)
-    steps = ways(bitbreeze, app, environs)
-    costs = {name: [] for name in steps}
-    for number in range(4 * run.rounds):
-        say(f"repetition {number + 1} of {4 * run.rounds}")
-        for name, (work, given) in steps.items():
-            costs[name].append(cpu_each(work, given))
-    best = {name: min(found) for name, found in costs.items()}
-    whole = best.pop("the whole way")
-    best["the rest: door, housekeeping"] = whole - sum(best.values())
-    head("room", "CPU µs", "share", "target")
-    for name, cost in best.items():
-        target = "at most 50%" if name == "store" else ""
-        row(name, f"{cost:.1f}", f"{cost / whole:.0%}", target)
-    row("the whole way", f"{whole:.1f}", "100%", "")
-
-
-def ways(bitbreeze, app, environs):
-    """Return (work, what it is given) of the whole way, and of each room, by name."""
-    tracker, settings = app.tracker, app.tracker.settings
-    parse, reply = bitbreeze.parse_announce, bitbreeze.announce_reply
-    check, count = tracker.access.check, tracker.counters.count
-    heard = [parse(environ, settings) for environ in environs]
-    now = int(time.time())
-    ready = [(announce, *tracker.announce(announce, now)) for announce in heard]
+def take_turns(rounds, measures):
+    """Return the medians of the numbers that each measure returns, by its name."""
+    results = {name: [] for name in measures}
+    for number in range(1, rounds + 1):
+        for name, measure in measures.items():
+            say(f"round {number} of {rounds}: {name}")
+            results[name].append(measure())
     return {
-        "the whole way": (answering(app), environs),
-        "parse": (lambda each, now: parse(each, settings), environs),
-        "access": (lambda each, now: check(each.info_hash, now), heard),
-        "store": (announcing(tracker.store), heard),
-        "reply": (lambda each, now: reply(*each, settings), ready),
-        "counters": (lambda each, now: count(now, "", 9000), heard),
+        name: [statistics.median(column) for column in zip(*rows, strict=True)]
+        for name, rows in results.items()
     }
 
 
-def answering(app):
-    """Return what asks an application, for cpu_each."""
-    return lambda environ, now: answered(app, environ)
+def compare_servers(title, servers, workload, run, limits):
+    """Print CPU time and rate of announces to servers, which take turns."""
+    script, environ = workload.for_wrk
+    measures = {}
+    with ExitStack() as stack:
+        for name, server in servers.items():
+            say(f"{name}: announcing every peer")
+            stack.enter_context(server).wait(workload)
+            server.wrk(3600, script, environ | {"WARM": "1"})
+            measures[name] = partial(server.cost, run.seconds, script, environ)
+        figures = take_turns(run.rounds, measures)
+    print_beside(title, figures, limits, ("CPU µs per announce", "announces/s"))
 
 
-def announcing(store):
-    """Return what announces in a store, for cpu_each."""
-    return lambda announce, now: store.announce(announce, 50, now)
+def say(text):
+    """Report progress."""
+    print(text, file=sys.stderr, flush=True)
 
 
-def in_process(folder, announced=None, torrents="torrents"):
-    """Return app.py, an application of it whose peers are known, and its Workload."""
-    bitbreeze, announced = imported(), announced or workload(folder)
-    app = bitbreeze.create_app({
-        "data": str(folder / "data"), "torrents": str(folder / torrents),
-    })  # fmt: skip
-    say("filling", named(announced))
-    (folder / "data").mkdir()
-    store, settings = app.tracker.store, app.tracker.settings
-    announced.fill(store, bitbreeze.parse_announce, settings)
-    return bitbreeze, app, announced
+def print_table(heading, rows):
+    """Print a Markdown table."""
+    print()
+    for row in (heading, ["---"] * len(heading), *rows):
+        print("|", " | ".join(map(str, row)), "|", flush=True)
 
 
-def imported():
-    """Return app.py as a module."""
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    import app
-
-    return app
-
-
-def answered(app, environ):
-    """Return the body of an application's answer."""
-    body = app(dict(environ), ignore)
-    try:
-        return b"".join(body)
-    finally:
-        getattr(body, "close", int)()
+def print_beside(title, figures, limits, heading):
+    """Print a table of figures by name, with BitBreeze's ratio to each first figure."""
+    ours, rows = figures["bitbreeze"][0], []
+    for name, (first, *more) in sorted(figures.items(), key=lambda item: item[1]):
+        cells = f"{first:.{1 if more else 3}f}", *(f"{each:,.0f}" for each in more)
+        rows.append((name, *cells, f"{ours / first:.2f}", limits.get(name, "")))
+    print_table((title, *heading, "bitbreeze's to its", "limit"), rows)
 
 
-def check_announces(app, environs):
-    """End the program if an announce is refused, which would be a cheap one."""
-    for environ in environs:
-        if b"failure" in (body := answered(app, environ)):
-            sys.exit(f"an announce in process is refused: {body}")
+def print_costs(title, costs, limits):
+    """Print CPU µs by (row, version), and their ratios to the first row."""
+    order, table = list(dict.fromkeys(row for row, _ in costs)), []
+    for row, name in sorted(costs, key=lambda key: order.index(key[0])):
+        cost, unit = costs[row, name], costs[order[0], name]
+        cells = row, name, f"{cost:,.1f}", f"{cost / unit:.2f}"
+        table.append((*cells, limits.get(row, "") if name == "bitbreeze" else ""))
+    print_table((title, "", "CPU µs", f"in {order[0]}s", "limit"), table)
 
 
-def ignore(status, headers, exc_info=None):
-    """Take the place of a server's start_response."""
+# -- The parts ------------------------------------------------------------------------
 
 
-def cpu_each(work, given):
-    """Return the CPU µs that ``work(each, now)`` takes for one of those given."""
-    now, start = int(time.time()), time.process_time()
-    for each in given:
-        work(each, now)
-    return 1e6 * (time.process_time() - start) / len(given)
+def uwsgi(run):
+    """Print CPU time per announce under uWSGI, beside other trackers."""
+    workload = Workload(run.folder, file="allow.txt")
+    servers = {n: Server(UWSGI, run.folder / n, app) for n, app in run.apps.items()}
+    for name, options in OTHERS.items():
+        if shutil.which(name):
+            servers[name] = Server(f"{name} {options}", run.folder / name)
+        else:
+            print(f"\nNot measured: {name} is missing (apt-get install {name}).")
+    if server := servers.get("qbittorrent-nox"):
+        config = server.folder / "qBittorrent/config/qBittorrent.conf"
+        config.parent.mkdir(parents=True)
+        ports = {"port": server.port, "web": free_port()}
+        config.write_text(QBITTORRENT_SETTINGS.format(**ports))
+    limits = {"qbittorrent-nox": "at most 0.85"}
+    compare_servers("uWSGI, 2 processes", servers, workload, run, limits)
 
 
-# -- flat -----------------------------------------------------------------------------
+def gunicorn(run):
+    """Print CPU time per announce under gunicorn, beside an empty application."""
+    servers = {n: Server(GEVENT, run.folder / n, app) for n, app in run.apps.items()}
+    before = run.apps.get("before")
+    if before and "class Vestibule" in (before / "app.py").read_text():
+        # Such a version changes gunicorn's workers, so that slow clients do not block.
+        for threads in ("", " --threads 8"):
+            name = f"before, with -c app.py{threads}"
+            command = f"{GUNICORN} -c {{app}}/app.py{threads}"
+            servers[name] = Server(command, run.folder / name, before)
+    compare_servers("gunicorn, gevent", servers, Workload(run.folder), run, {})
 
 
-class Held(NamedTuple):
-    """A data folder full of peers."""
+class Clock:
+    """A clock that moves by a second every 500 announces.
 
-    folder: Path  # with data in it
-    announced: Workload
-    store: object
+    If time stood still, a store would have less to write and look faster than it is.
+    """
+
+    def __init__(self):
+        self.now = int(time.time())
+
+    def cost(self, work, items):
+        """Return the CPU µs that ``work(item, now)`` takes on average."""
+        start = time.process_time()
+        for number, item in enumerate(items):
+            self.now += number % 500 == 0
+            work(item, self.now)
+        return (1e6 * (time.process_time() - start) / len(items),)
+
+
+def inside(run):
+    """Print what each stage of an announce takes of CPU time, in process."""
+    workload, measures = Workload(run.folder), {}
+    for name, app in run.versions.items():
+        fill(app, run.folder / name, workload)
+    clock = Clock()
+    with mock.patch("time.time", lambda: clock.now):
+        for name, app in run.versions.items():
+            stages = stages_of(app, run.folder / name, workload, clock)
+            measures |= {(stage, name): measure for stage, measure in stages.items()}
+        found = take_turns(2 * run.rounds, measures)
+    costs = {key: cost for key, (cost,) in found.items()}
+    for name in run.versions:
+        parts = [costs[stage, name] for stage in stages if stage != "announce"]
+        costs["rest", name] = costs["announce", name] - sum(parts)
+    print_costs("in process", costs, {"store": "at most 0.50"})
+
+
+def stages_of(app, folder, workload, clock):
+    """Return a measure of an announce, and of each stage of it, by name."""
+    module, wsgi = open_application(app, folder)
+    tracker, settings = wsgi.tracker, wsgi.tracker.settings
+    catalogue = getattr(tracker, "catalogue", None) or tracker.access  # its old name
+    if hasattr(tracker.store, "even"):
+        tracker.store.even = int  # an earlier store compared the clock with the uptime
+    parse, reply = module.parse_announce, module.announce_reply
+    pick, total = random.Random(1), workload.swarms * workload.peers
+    environs = [workload.environ(pick.randrange(total)) for _ in range(5000)]
+    for _ in range(10):  # seconds in which the catalogue may read its folder
+        clock.now += 1
+        [body] = wsgi(environs[0], start_response)
+    if b"failure" in body:
+        sys.exit(f"{app}/app.py refuses announces: {body}")
+    parsed = [parse(environ, settings) for environ in environs]
+    results = [(each, *tracker.announce(each, clock.now)) for each in parsed]
+    stages = {
+        "announce": (lambda environ, now: wsgi(environ, start_response), environs),
+        "parse": (lambda environ, now: parse(environ, settings), environs),
+        "access": (lambda each, now: catalogue.check(each.info_hash, now), parsed),
+        "store": (lambda each, now: tracker.store.announce(each, 50, now), parsed),
+        "reply": (lambda result, now: reply(*result, settings), results),
+    }
+    return {name: partial(clock.cost, *stage) for name, stage in stages.items()}
+
+
+def start_response(status, headers, exc_info=None):
+    """Accept the head of an answer, as a WSGI server does."""
 
 
 def flat(run):
-    """Print what an announce costs as peers grow, and what a peer takes."""
-    held = {size: filled(run.folder, *size) for size in (FEW, MORE, MANY, SMALL, BIG)}
-    alone = stores_alone(held, run)
-    whole, memory = whole_ways(held, run)
-    head("peers", "swarms", "CPU µs an announce", "in the store alone", "worker's MB")
-    for size, (cpu, _) in whole.items():
-        peers, taken = f"{size[0] * size[1]:,}", f"{memory[size] / 1e6:.1f}"
-        row(peers, f"{size[0]:,}", f"{cpu:.1f}", f"{alone[size]:.1f}", taken)
-    head("growth", "the whole way", "in the store alone", "target")
-    for small, big in ((FEW, MANY), (SMALL, BIG)):
-        words = f"{named(small)} to {named(big)}"
-        ways = whole[big][0] / whole[small][0], alone[big] / alone[small]
-        row(words, *(f"{ratio:.2f}" for ratio in ways), "at most 1.30")
-    room = on_disk(held[BIG])
-    sentence(
-        f"On disk, a swarm of {BIG[1]:,} takes {room / BIG[1]:.0f} bytes a peer (target"
-        f" at most 200), each of {named(MANY)} {on_disk(held[MANY]):,.0f} bytes."
-    )
-    taken = [f"{memory[size] / 1e6:.1f}" for size in (MANY, MORE, FEW)]
-    sentence(
-        f"A worker takes {taken[0]} MB among {MANY[0] * MANY[1]:,} peers, {taken[1]}"
-        f" among {MORE[0] * MORE[1]:,}, {taken[2]} among {FEW[0] * FEW[1]:,} (target:"
-        " the same, once what it keeps of swarms is full)."
-    )
-
-
-def named(size):
-    """Return a number of swarms, and of peers in each, in words."""
-    swarms, peers = size[:2]
-    words = "a swarm" if swarms == 1 else f"{swarms:,} swarms"
-    return f"{words} of {peers:,}"
-
-
-def filled(folder, swarms, peers):
-    """Return Held, filled without a server, with the peers that wrk will announce."""
-    bitbreeze = imported()
-    folder = folder / f"{swarms}-{peers}"
-    data = folder / "data"
-    data.mkdir(parents=True)
-    announced = workload(folder, swarms, peers)
-    settings = bitbreeze.load_settings({"max_swarms": 0, "max_peers": 0})
-    even = bitbreeze.EvenClock(data / "clock")
-    store = bitbreeze.FileStore(data, settings, even)
-    say("filling", named((swarms, peers)))
-    announced.fill(store, bitbreeze.parse_announce, settings)
-    return Held(folder, announced, store)
-
-
-def stores_alone(held, run):
-    """Return the CPU µs of an announce in the store, by size, in process."""
-    costs, parse = {size: [] for size in held}, imported().parse_announce
-    for number in range(4 * run.rounds):
-        say(f"the store alone: repetition {number + 1} of {4 * run.rounds}")
-        for size, (_, announced, store) in held.items():
-            environs = announced.sample(5000, seed=number)
-            heard = [parse(environ, store.settings) for environ in environs]
-            costs[size].append(cpu_each(announcing(store), heard))
-    return {size: statistics.median(found) for size, found in costs.items()}
-
-
-def whole_ways(held, run):
-    """Return CPU µs and announces a second under uWSGI, and a worker's bytes, by size.
-
-    All trackers serve all the time, but only one at a time is asked.
-    """
-    costs = {size: [] for size in held}
-    environ = {"TRACKER_MAX_SWARMS": "0", "TRACKER_MAX_PEERS": "0"}
+    """Print CPU time per announce and memory as swarms and peers grow."""
+    many = [(17, 60), (1_667, 60), (16_667, 60)][: 2 if run.quick else 3]
+    big = [(1, 60), (1, 20_000 if run.quick else 200_000)]
+    limits = {many[-1]: "at most 1.9", big[-1]: "at most 1.35"}
+    measures, served, rows = {}, {}, []
     with ExitStack() as stack:
-        trackers = {}
-        for port, (size, (folder, announced, _)) in enumerate(held.items(), 7121):
-            say(f"{named(size)}: warming up")
-            command = uwsgi(port, ROOT, "app:app")
-            tracker = Tracker("bitbreeze", port, command, folder, environ)
-            trackers[size] = stack.enter_context(tracker)
-            tracker.measure(run.seconds, announced)
-        for number in range(run.rounds):
-            for size, tracker in trackers.items():
-                say(f"round {number + 1} of {run.rounds}: {named(size)}")
-                costs[size].append(tracker.measure(run.seconds, held[size].announced))
-        memory = {size: tracker.memory() for size, tracker in trackers.items()}
-    return {size: medians(rows) for size, rows in costs.items()}, memory
+        for size in many + big:
+            workload = Workload(run.folder, *size, f"hashes-{size[0]}.txt")
+            for name, app in run.versions.items():
+                folder = run.folder / f"{name}-{size[0]}-{size[1]}"
+                server = stack.enter_context(Server(UWSGI, folder, app))
+                fill(app, folder, workload)
+                server.wait(workload)
+                server.cost(WARM_UP, *workload.for_wrk)
+                measure = partial(server.cost, run.seconds, *workload.for_wrk)
+                measures[size, name], served[size, name] = measure, (server, workload)
+        found = take_turns(run.rounds, measures)
+        facts = {key: facts_of(*each) for key, each in served.items()}
+    for sizes in (many, big):
+        for size, name in [(size, name) for size in sizes for name in run.versions]:
+            cpu, (peers, memory) = found[size, name][0], facts[size, name]
+            growth = f"{cpu / found[sizes[0], name][0]:.2f}"
+            limit = limits.get(size, "") if name == "bitbreeze" else ""
+            cells = f"{size[0]:,}", f"{peers:,}", name, f"{cpu:.1f}", growth, limit
+            rows.append((*cells, f"{memory / 1e6:.1f}"))
+    heading = "swarms", "peers", "uWSGI, 2 processes", "CPU µs per announce", "growth"
+    print_table((*heading, "limit", "MB of a worker"), rows)
 
 
-def on_disk(held):
-    """Return the bytes of a file system that a swarm takes, on average."""
-    found = held.folder.glob("data/s*/**/*")
-    files = [path.stat() for path in found if path.is_file()]
-    return sum(file.st_blocks * 512 for file in files) / held.announced.swarms
+def facts_of(server, workload):
+    """Return the number of peers, and the bytes that a worker does not share."""
+    reply = bencoder.bdecode(server.get(f"/scrape?info_hash={workload.escaped[0]}"))
+    [counts] = reply[b"files"].values()
+    peers = counts[b"complete"] + counts[b"incomplete"]
+    workers = psutil.Process(server.process.pid).children()
+    memory = max(worker.memory_full_info().uss for worker in workers)
+    return peers * workload.swarms, memory
 
 
-# -- scrape ---------------------------------------------------------------------------
-
-
-def scrape(run):
-    """Print what a scrape of 60 and the front page cost, in announces."""
-    small, listing = run.folder / "small", run.folder / "listing"
-    small.mkdir()
-    _, app, announced = in_process(small)
-    pages, listed = listed_application(listing)
-    chosen, scrapes = random.Random(1), []
-    for _ in range(200):
-        hashes = (f"info_hash={h}" for h in chosen.sample(announced.escaped, 60))
-        scrapes.append("&".join(hashes))
-    whole = under_uwsgi(small, announced, listing, listed, scrapes, run)
-    alone = inside(app, announced, pages, scrapes, run)
-    head("request", "CPU µs", "announces", "in process", "announces", "target")
-    for name, target in (
-        ("announce", ""),
-        ("scrape of 60", "at most 8"),
-        (FRONT_PAGE, "at most 100"),
-    ):
-        cells = []
-        for found in (whole, alone):
-            ratio = found[name] / found["announce"]
-            cells += [f"{found[name]:.{0 if ratio > 2 else 1}f}", f"{ratio:.1f}"]
-        row(name, *cells, target)
-
-
-def under_uwsgi(small, announced, listing, listed, scrapes, run):
-    """Return CPU µs of the process tree under uWSGI, by what is asked."""
-    (small / "paths.txt").write_text("".join(f"/scrape?{q}\n" for q in scrapes))
-    (listing / "paths.txt").write_text("/\n")
-    names = "announce", "scrape of 60", FRONT_PAGE
-    costs = {name: [] for name in names}
-    ports = (7141, small, announced), (7142, listing, listed)
+def pages(run):
+    """Print what a scrape of 60 torrents and the front page cost, in announces."""
+    workload, pick, measures = Workload(run.folder), random.Random(1), {}
+    samples = [pick.sample(workload.escaped, 60) for _ in range(200)]
+    queries = ["&".join(f"info_hash={each}" for each in some) for some in samples]
+    scrapes = paths_for_wrk(run.folder / "scrapes", [f"/scrape?{q}" for q in queries])
+    front_page = paths_for_wrk(run.folder / "front-page", ["/"])
+    number = 1_000 if run.quick else 5_000
+    listed = Workload(run.folder, number, 6, "listed.txt")
     with ExitStack() as stack:
-        trackers = []
-        for port, folder, each in ports:
-            command = uwsgi(port, ROOT, "app:app")
-            tracker = stack.enter_context(Tracker("bitbreeze", port, command, folder))
-            tracker.measure(run.seconds, each)
-            trackers.append(tracker)
-        for number in range(run.rounds):
-            say(f"round {number + 1} of {run.rounds}")
-            costs[names[0]].append(trackers[0].measure(run.seconds, announced)[0])
-            for name, tracker in zip(names[1:], trackers, strict=True):
-                environ = {"PATHS": str(tracker.folder / "paths.txt")}
-                given = tracker.port, run.seconds, 8, "paths.lua", environ
-                costs[name].append(tracker.cost(lambda g=given: asked(*g))[0])
-    return {name: statistics.median(found) for name, found in costs.items()}
+        for name, app in run.versions.items():
+            tracker = Server(UWSGI, run.folder / name, app)
+            site = Server(UWSGI, run.folder / f"{name}-listed", app)
+            (site.folder / "torrents").mkdir()
+            for i, info in enumerate(listed.infos):
+                path = site.folder / f"torrents/{i}.torrent"
+                path.write_bytes(bencoder.bencode({b"info": info}))
+            fill(app, tracker.folder, workload)
+            fill(app, site.folder, listed)
+            stack.enter_context(tracker).wait(workload)
+            stack.enter_context(site).wait(listed)
+            site.get("/torrents.json", lambda body: body.count(b'"name"') >= number)
+            for what, server, asked in (
+                ("announce", tracker, workload.for_wrk),
+                ("scrape of 60", tracker, scrapes),
+                (f"front page with {number:,} torrents", site, front_page),
+            ):
+                server.cost(WARM_UP, *asked)
+                measures[what, name] = partial(server.cost, run.seconds, *asked)
+        found = take_turns(run.rounds, measures)
+    costs = {key: cpu for key, (cpu, _) in found.items()}
+    print_costs("uWSGI, 2 processes", costs, {"scrape of 60": "at most 8"})
 
 
-def inside(app, announced, pages, scrapes, run):
-    """Return CPU µs in process, from environ to bytes, by what is asked."""
-    announces = announced.sample(2000)
-    check_announces(app, announces)
-    scrapes = [BROWSER | {"PATH_INFO": "/scrape", "QUERY_STRING": q} for q in scrapes]
-    if answered(app, scrapes[0]).count(b"8:complete") != 60:
-        sys.exit("a scrape of 60 torrents does not answer for 60")
-    costs = {
-        "announce": (app, announces),
-        "scrape of 60": (app, scrapes),
-        FRONT_PAGE: (pages, [BROWSER] * 20),
-    }
-    found = {name: [] for name in costs}
-    for number in range(4 * run.rounds):
-        say(f"repetition {number + 1} of {4 * run.rounds}")
-        for name, (asked_app, environs) in costs.items():
-            found[name].append(cpu_each(answering(asked_app), environs))
-    return {name: statistics.median(each) for name, each in found.items()}
-
-
-def listed_application(folder):
-    """Return an application that has read its 5,000 torrents, with 6 peers in each,
-    and their Workload."""
-    hashes = listed_torrents(folder / "torrents")
-    announced = workload(folder, LISTED, 6, hashes)
-    _, app, _ = in_process(folder, announced)
-    say("reading the torrents")
-    deadline = time.monotonic() + 60
-    while len(app.tracker.access.listed()) < LISTED:
-        answered(app, BROWSER)
-        if time.monotonic() > deadline:
-            sys.exit("the torrents are not listed within a minute")
-    if answered(app, BROWSER).count(b"<tr") < 100:
-        sys.exit("the front page does not list the torrents")
-    return app, announced
-
-
-def listed_torrents(folder):
-    """Write 5,000 torrents into a folder; return the path of their info_hashes."""
-    folder.mkdir(parents=True)
-    found = []
-    say(f"writing {LISTED:,} torrents")
-    for number in range(LISTED):
-        info = {b"length": number, b"name": b"iso-%d" % number, b"pieces": bytes(2000)}
-        info[b"piece length"] = 2**20
-        made = bencoder.bencode({b"info": info})
-        (folder / f"{number}.torrent").write_bytes(made)
-        found.append(hashlib.sha1(bencoder.bencode(info)).hexdigest().upper())
-    hashes = folder.parent / "listed.txt"
-    hashes.write_text("\n".join(found) + "\n")
-    return hashes
-
-
-# -- site -----------------------------------------------------------------------------
-
-
-def site(run):
-    """Print what the front page with 5,000 torrents costs those who announce."""
-    hashes = listed_torrents(run.folder / "torrents")
-    announced = workload(run.folder, LISTED, 6, hashes)
-    command = uwsgi(7106, ROOT, "app:app")
-    alone, visited, times = [], [], []
-    with Tracker("bitbreeze", 7106, command, run.folder):
-        say("warming up")
-        meet(7106, announced)
-        for number in range(run.rounds):
-            say(f"round {number + 1} of {run.rounds}")
-            alone.append(wrk(7106, run.seconds, announced, CLOSE="1")[1])
-            with visits(7106, times):
-                visited.append(wrk(7106, run.seconds, announced, CLOSE="1")[1])
-    alone, visited = statistics.median(alone), statistics.median(visited)
-    usual, worst = 1000 * statistics.median(times), 1000 * max(times)
-    sentence(
-        f"The front page with {LISTED:,} torrents, twice a second while others"
-        f" announce: {usual:.0f} ms, at most {worst:.0f} ms;"
-        f" {visited:,.0f} announces/s instead of {alone:,.0f}:"
-        f" {visited / alone:.2f} times as many."
-    )
-
-
-@contextmanager
-def visits(port, times):
-    """Have somebody look at the front page meanwhile, as ``visit`` does."""
-    stop = threading.Event()
-    visitor = threading.Thread(target=visit, args=(port, stop, times))
-    visitor.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        visitor.join()
-
-
-def visit(port, stop, times):
-    """Look at the front page twice a second, and note how many seconds each took."""
-    while not stop.wait(0.5):
-        start = time.monotonic()
-        with urlopen(f"http://127.0.0.1:{port}/") as page:
-            if page.read().count(b"<tr") < 100:
-                sys.exit("the front page does not list the torrents")
-        times.append(time.monotonic() - start)
-
-
-# -- start ----------------------------------------------------------------------------
+def paths_for_wrk(path, paths):
+    """Write paths to a file; return the script for wrk and its environment."""
+    path.write_text("\n".join(paths) + "\n")
+    return "paths.lua", {"PATHS": str(path)}
 
 
 def start(run):
-    """Print how long a start takes, and an announce as a CGI program."""
-    (run.folder / "empty.py").write_text(EMPTY)
-    _, _, announced = in_process(run.folder)
-    trackers = []
-    for port, host, command in ((7131, "uWSGI", uwsgi), (7133, "gunicorn", gunicorn)):
-        ours = command(port, ROOT, "app:app")
-        empty = command(port + 1, run.folder, "empty:app")
-        name = f"an empty WSGI application, {host}"
-        trackers.append(Tracker(f"bitbreeze, {host}", port, ours, run.folder))
-        trackers.append(Tracker(name, port + 1, empty, run.folder))
-    times = {tracker.name: [] for tracker in trackers}
-    for number in range(run.rounds + 1):
-        for tracker in trackers:
-            say(f"start {number} of {run.rounds}: {tracker.name}")
-            took = first_answer(tracker, announced)
-            if number:  # the first start warms the disk
-                times[tracker.name].append(took)
-    head("start to first answer", "seconds", "target")
-    for name, found in times.items():
-        target = "at most 0.5" if name.startswith("bitbreeze") else ""
-        row(name, f"{statistics.median(found):.2f}", target)
-    cgi_alone(run)
+    """Print the time from a server's start to its first answer, and CGI's CPU time."""
+    workload, measures = Workload(run.folder), {}
+    uwsgi, gunicorn = "uWSGI, start to first answer", "gunicorn, start to first answer"
+    cgi = "CGI, CPU time of an announce"
+    for name, app in run.apps.items():
+        for host, template in ((uwsgi, UWSGI), (gunicorn, GEVENT)):
+            server = Server(template, run.folder / f"{name}-{len(measures)}", app)
+            measures[host, name] = partial(time_start, server, workload)
+        program = app / ("cgi.py" if name == EMPTY else "app.py")
+        folder = run.folder / f"{name}-cgi"
+        measures[cgi, name] = partial(cgi_announce, program, folder, workload)
+    for measure in measures.values():
+        measure()  # fills the disk's cache, and makes Python compile its modules
+    found = take_turns(run.rounds, measures)
+    for what, limits in ((uwsgi, {}), (gunicorn, {}), (cgi, {EMPTY: "at most 0.80"})):
+        figures = {name: found[what, name] for name in run.apps}
+        print_beside(what, figures, limits, ["seconds"])
 
 
-def first_answer(tracker, announced):
-    """Return the seconds from a tracker's start to its first answer to an announce."""
+def time_start(server, workload):
+    """Return the seconds from a server's start to its first answer."""
     begun = time.monotonic()
-    with tracker:
-        while time.monotonic() - begun < 20:
-            with suppress(OSError):
-                tracker.announce(announced)
-                return time.monotonic() - begun
-            time.sleep(0.005)
-    sys.exit(f"{tracker.name} does not answer")
+    with server:
+        server.wait(workload)
+        return (time.monotonic() - begun,)
 
 
-def cgi_alone(run):
-    """Print what an announce costs in a process of its own, and an empty program."""
-    empty = run.folder / "empty_cgi.py"
-    empty.write_text(EMPTY_CGI)
-    environ = {
-        **os.environ, "TRACKER_DATA": str(run.folder / "cgi"),
-        "TRACKER_TORRENTS": str(run.folder / "torrents"), "PATH_INFO": "/announce",
-        "PYTHONPYCACHEPREFIX": sys.pycache_prefix,
-        "GATEWAY_INTERFACE": "CGI/1.1", "SERVER_PROTOCOL": "HTTP/1.1",
-        "REQUEST_METHOD": "GET", "REMOTE_ADDR": "192.0.2.1", "SERVER_PORT": "80",
-        "SERVER_NAME": "localhost",
-        "QUERY_STRING": f"info_hash={'%ff' * 20}&peer_id={'p' * 20}&port=6881&left=0",
-    }  # fmt: skip
-
-    def cost(program):
-        before = os.times()
-        done = subprocess.run([sys.executable, program], env=environ, check=True,
-                              stdout=subprocess.PIPE)  # fmt: skip
-        assert done.stdout.startswith(b"Status: 200 OK"), done.stdout
-        after = os.times()
-        return 1000 * (after[2] + after[3] - before[2] - before[3])
-
-    costs = {ROOT / "app.py": [], empty: []}
-    for number in range(4 * run.rounds):
-        say(f"CGI: repetition {number + 1} of {4 * run.rounds}")
-        for program in costs:
-            costs[program].append(cost(program))
-    ours, theirs = (statistics.median(found) for found in costs.values())
-    sentence(
-        f"CGI: {ours:.0f} ms an announce, {theirs:.0f} ms an empty Flask program:"
-        f" {ours / theirs:.2f} times as much."
-    )
+def cgi_announce(program, folder, workload):
+    """Return the seconds of CPU time that an announce takes as a CGI program."""
+    folder.mkdir(parents=True, exist_ok=True)
+    request = workload.environ(0) | {"GATEWAY_INTERFACE": "CGI/1.1"}
+    environ = {name: text for name, text in request.items() if isinstance(text, str)}
+    data, torrents = f"{folder}/data", f"{folder}/torrents"
+    environ |= os.environ | {"TRACKER_DATA": data, "TRACKER_TORRENTS": torrents}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, program], env=environ, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if not done.stdout.startswith(b"Status: 200 OK") or b"failure" in done.stdout:
+        sys.exit(f"{program} does not answer: {done.stdout!r} {done.stderr!r}")
+    return (after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime,)
 
 
-# -- The command ----------------------------------------------------------------------
-
-PARTS = {
-    "hosts": hosts,
-    "gunicorn": under_gunicorn,
-    "rooms": rooms,
-    "flat": flat,
-    "scrape": scrape,
-    "site": site,
-    "start": start,
-}
-
-
-def machine(folder):
-    """Return a sentence that names this machine, this Python, and a file system."""
-    found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    model, cores = found[1] if found else platform.machine(), os.cpu_count()
-    # Debian takes the flag that uses the profile out of the Makefile that it installs.
-    arguments = sysconfig.get_config_var("CONFIG_ARGS") or ""
-    is_debians = sysconfig.get_config_var("PGO_PROF_USE_FLAG") == ""
-    is_guided = "--enable-optimizations" in arguments or is_debians
-    kind = imported()._file_system(folder) or "an unknown file system"
-    return (
-        f"{model}, {cores} cores; {platform.system()} {platform.release()}; Python"
-        f" {platform.python_version()}, compiled {'with' if is_guided else 'without'}"
-        f" profile-guided optimisation; the data on {kind}."
-    )
+PARTS = {part.__name__: part for part in (uwsgi, gunicorn, inside, flat, pages, start)}
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    add = parser.add_argument
+    add("parts", nargs="*", default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    add("--before", metavar="REVISION_OR_FOLDER", help="another version to compare")
+    add("--quick", action="store_true", help="one round of a second, and small sizes")
+    add("--seconds", type=int, default=5, help="of requests in a round  [5]")
+    add("--rounds", type=int, default=5, help="rounds of each comparison  [5]")
+    add("--dir", default=HERE, help="where to keep the data meanwhile  [tests]")
+    run = parser.parse_intermixed_args()
+    if unknown := set(run.parts) - set(PARTS):
+        parser.error(f"unknown part {min(unknown)}; choose from {', '.join(PARTS)}")
+    if not shutil.which("wrk") and not {"inside", "start"}.issuperset(run.parts):
+        parser.error("wrk is missing: apt-get install wrk opentracker qbittorrent-nox")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    folder = Path(tempfile.mkdtemp(prefix="bench-", dir=run.dir)).resolve()
+    folder.chmod(0o755)  # opentracker gives up root before it reads its list
+    atexit.register(shutil.rmtree, folder)  # after the applications' own exit functions
+    run_parts(run, folder)
+
+
+def run_parts(run, folder):
+    """Run each part in a new folder, and remove the folder afterwards."""
+    for name in list(os.environ):  # these would change the results
+        if name.startswith(("TRACKER_", "PYTHON")):
+            del os.environ[name]
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    os.environ["PYTHONPYCACHEPREFIX"] = str(folder / "compiled")
+    print(describe_machine(folder))
+    run.versions = {"bitbreeze": HERE.parent}  # folders with an app.py
+    if run.before:
+        run.versions["before"] = check_out(run.before, folder / "before")
+        print(f'\n"before" is {run.before}.')
+    if run.quick:
+        run.seconds = run.rounds = 1
+        print("\nThis was a quick run. Do not quote its figures.")
+    run.apps = {**run.versions, EMPTY: folder / "empty"}
+    run.apps[EMPTY].mkdir()
+    (run.apps[EMPTY] / "app.py").write_text(EMPTY_WSGI)
+    (run.apps[EMPTY] / "cgi.py").write_text(EMPTY_CGI)
+    for name in run.parts:
+        print(f"\n## {name}", flush=True)
+        run.folder = folder / name
+        run.folder.mkdir()
+        PARTS[name](run)
+        shutil.rmtree(run.folder)
+
+
+def check_out(before, folder):
+    """Return a folder with the app.py that --before names."""
+    if (Path(before) / "app.py").is_file():
+        return Path(before).resolve()
+    command = ["git", "-C", str(HERE.parent), "archive", before]
+    archive = subprocess.run(command, capture_output=True)
+    if archive.returncode:
+        sys.exit(f"--before {before}: no folder with an app.py and no git revision.")
+    folder.mkdir()
+    subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+    return folder
+
+
+def describe_machine(folder):
+    """Return a sentence about this machine, its Python and a folder's file system."""
+    found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    system, disk = os.uname(), ["df", "--output=fstype", str(folder)]
+    model, python = found[1] if found else system.machine, sys.version.split()[0]
+    file_system = subprocess.check_output(disk, text=True).split()[-1]
+    return (
+        f"{model}, {os.cpu_count()} cores; {system.sysname} {system.release};"
+        f" Python {python}; data on {file_system}; {FILES:,} file descriptors allowed."
     )
-    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--seconds", default=5, type=int)
-    parser.add_argument("--rounds", default=5, type=int)
-    parser.add_argument("--dir", default=HERE, help="where the data is kept meanwhile")
-    given = parser.parse_intermixed_args()
-    for name in given.parts:
-        if name not in PARTS:
-            parser.error(f"there is no part {name!r}: there are {', '.join(PARTS)}")
-    for name in [name for name in os.environ if name.startswith("TRACKER_")]:
-        del os.environ[name]  # it would be a setting of all that is measured
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
-    folder = Path(tempfile.mkdtemp(prefix="bench-", dir=given.dir)).resolve()
-    sys.dont_write_bytecode, sys.pycache_prefix = False, f"{folder}/compiled"
-    try:
-        print(machine(folder), flush=True)
-        for name in given.parts or PARTS:
-            say(f"-- {name}")
-            print(f"\n## {name}", flush=True)
-            own = folder / name
-            own.mkdir()
-            PARTS[name](Run(own, given.seconds, given.rounds))
-            shutil.rmtree(own)
-    finally:
-        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -131,38 +131,30 @@ class Client:
         return bencoder.bdecode(body)
 
 
-def kept(data):
-    """Return where all swarms are in a folder of data, as FileStore describes it.
+def all_peers(store, now):
+    """Yield (info_hash, Peers) of every swarm in a store that has peers."""
+    for info_hash, _, records in store.records(now):
+        if found := [record for record, _ in records]:
+            fields = ("peer_id", "endpoint4", "endpoint6")
+            columns = (b"".join(getattr(r, field) for r in found) for field in fields)
+            yield info_hash, bitbreeze.Peers(*columns)
 
-    That is {info_hash: (path, at)}: where in which file their first page begins.
-    """
-    found = {}
-    for path in Path(data, "shelves").glob("[0-9a-f][0-9a-f]"):
-        shelf = path.read_bytes()
-        for at in range(512, min(len(shelf), 16384), 32):
-            if place := int.from_bytes(shelf[at + 20 : at + 22], "little"):
-                found[shelf[at : at + 20]] = path, 16384 + (place - 1) * 4096
-    for path in Path(data, "swarms").glob("??/" + "?" * 40):
-        found.setdefault(bytes.fromhex(path.name), (path, 0))
-    return found
+
+def kept(data):
+    """Return the paths of the swarm files in a data folder, by info_hash."""
+    paths = Path(data, "swarms").glob("??/" + "?" * 40)
+    return {bytes.fromhex(path.name): path for path in paths}
 
 
 def rewrite(data, info_hash, change):
-    """Replace what is kept of a swarm by ``change(bytes)``; return what there was.
+    """Replace a swarm file by ``change(bytes)``; return the bytes from before.
 
-    A page on a shelf is as long as before: it is cut, or filled up with zeros.
+    It stays the same file, because processes may have it open.
     """
-    path, at = kept(data)[info_hash]
-    with open(path, "r+b") as file:
-        file.seek(at)
-        was = file.read(4096 if at else -1)
-        changed = change(was)
-        file.seek(at)
-        if at:
-            file.write(changed.ljust(4096, b"\0")[:4096])
-        else:
-            file.truncate(file.write(changed))
-    return was
+    path = kept(data)[info_hash]
+    before = path.read_bytes()
+    path.write_bytes(change(before))
+    return before
 
 
 def escape(value):

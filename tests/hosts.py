@@ -1,7 +1,8 @@
-"""Every host of the README: how it is set up there, and how it is started here.
+"""Every host in the README: how to set it up and start it for the tests.
 
-A Site is a folder that stands for the user's home; a setup fills it and says which
-servers to start. Their configuration is the README's, but for the paths and the ports.
+A Site is a temporary folder in place of the user's home. A setup function fills it and
+names the servers to start. Their configuration comes from the README; only paths and
+ports are replaced.
 """
 
 import importlib.util
@@ -25,7 +26,7 @@ IS_ROOT = os.geteuid() == 0
 IS_DEBIAN = bool(shutil.which("apt-get"))
 PATH = f"{os.environ['PATH']}:/usr/sbin"  # where Debian has its web servers
 MODULES = Path("/usr/lib/apache2/modules")
-# What a host may lack, and the package it is in; others are PyPI's of the same name.
+# Debian's packages of what a host may lack. Other names are packages of PyPI.
 PACKAGES = {
     "apache2": "apache2",
     "caddy": "caddy",
@@ -37,7 +38,7 @@ PACKAGES = {
 
 
 def recipe(beginning, changes):
-    """Return the block of the README that begins so, with every one of the changes."""
+    """Return the README's block that starts with this comment, after the changes."""
     blocks = re.findall(r"^```\w+\n(.*?)^```$", readme(), re.M | re.S)
     [text] = [block for block in blocks if block.startswith(f"# {beginning}")]
     for old, new in changes.items():
@@ -51,7 +52,7 @@ def readme():
 
 
 def require(name, *needs):
-    """Skip a host when something is missing; fail where tests/run installs it."""
+    """Skip a host if something is missing, or fail where tests/run installs it."""
     missing = [PACKAGES.get(need, need) for need in needs if not _is_there(need)]
     if missing:
         reason = f"{name} IS NOT TESTED: it needs {' '.join(missing)}"
@@ -65,7 +66,7 @@ def _is_there(need):
 
 
 class Site:
-    """A home with the tracker in it, the servers to start, and where they answer."""
+    """A home folder with the tracker in it, its servers and their URLs."""
 
     def __init__(self, host):
         self.host = host
@@ -79,7 +80,7 @@ class Site:
         self.commands, self.servers = [], []
 
     def prepare(self, *settings):
-        """Set up all that the host needs, with lines for the tracker's settings."""
+        """Set up the host; ``settings`` are lines for the tracker's section."""
         self.set(*self.host.settings, *settings)
         self.host.setup(self)
         if IS_ROOT and IS_DEBIAN:
@@ -87,33 +88,33 @@ class Site:
 
     @property
     def urls(self):
-        """Where the tracker is found: several URLs when several servers share it."""
+        """The tracker's URLs: more than one if several servers share its folder."""
         return [server.url for server in self.servers if server.port]
 
     def set(self, *lines):
-        """Put lines into the tracker's section of wsgi.ini."""
+        """Add lines to the section [tracker] of wsgi.ini."""
         ini = self.folder / "wsgi.ini"
         section = "\n".join(["[tracker]", *lines])
         ini.write_text(ini.read_text().replace("[tracker]", section))
 
     def recipe(self, beginning, changes=()):
-        """Return a block of the README, with the paths of this home."""
+        """Return a block of the README, with paths in this home folder."""
         text = recipe(beginning, dict(changes))
         text = text.replace("/run/tracker", str(self.home))
         return text.replace("/home/you", str(self.home))
 
     def write(self, name, text):
-        """Write a file into this home, and return its path."""
+        """Write a file to the home folder, and return its path."""
         (self.home / name).write_text(text)
         return self.home / name
 
     def run(self, command, port=0):
-        """Have a command started, which answers clients if it has a port."""
+        """Add a command to start. It answers clients itself if it has a port."""
         self.commands.append((command, port))
 
     @contextmanager
     def serving(self):
-        """Start the servers, and yield as soon as all that have a port answer."""
+        """Start the servers, and yield when all that have a port answer."""
         names = ("HOME", "APACHE_RUN_DIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME")
         env = dict.fromkeys(names, str(self.home))
         env["PATH"] = f"{self.home}/tracker/.venv/bin:{PATH}"
@@ -128,11 +129,11 @@ class Site:
                     server.wait_until_ready()
             except RuntimeError:
                 raise RuntimeError(
-                    f"{self.commands} say:\n{self.log()[-5000:]}"
+                    f"{self.commands} print:\n{self.log()[-5000:]}"
                 ) from None
             yield
-            # A worker that is being born may not hear that it shall stop.
-            poll(self._is_idle, 20, f"the end of the work:\n{self.log()[-5000:]}")
+            # A worker that is still starting may miss a signal to stop.
+            poll(self._is_idle, 20, f"the servers to be idle:\n{self.log()[-5000:]}")
 
     def _is_idle(self):
         with suppress(psutil.NoSuchProcess):
@@ -141,21 +142,22 @@ class Site:
             return all(psutil.Process(pid).status() in asleep for pid in pids)
 
     def log(self):
-        """Return all that the servers have to say."""
+        """Return the output and the log files of the servers."""
         logs = [path.read_text() for path in sorted(self.home.glob("*.log"))]
         return "\n".join([server.log() for server in self.servers] + logs)
 
     def remove(self):
         for server in self.servers:
             server.output.close()
-        shutil.rmtree(self.home, ignore_errors=True)  # Passenger removes some, too
+        # Passenger removes some of its files at the same time.
+        shutil.rmtree(self.home, ignore_errors=True)
 
 
 # -- Python environments --------------------------------------------------------------
 
 
 def own_python(site):
-    """Have this Python's environment where the README makes one."""
+    """Link this Python's environment to the place where the README makes one."""
     (site.home / "tracker").mkdir(exist_ok=True)
     (site.home / "tracker/.venv").symlink_to(sys.prefix)
 
@@ -163,7 +165,7 @@ def own_python(site):
 def system_python(site):
     """Make the environment with Debian's Python, which www-data may read.
 
-    mod_wsgi is bound to that one, too. The packages are those that tests/run got.
+    mod_wsgi can use no other Python. The packages are those that tests/run installed.
     """
     python, folder = "/usr/bin/python3", site.home / "tracker/.venv"
     ask = [python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
@@ -179,7 +181,7 @@ def system_python(site):
 
 
 def alone(site, words, number=1):
-    """Serve with the first of the README's commands that has all these words."""
+    """Serve with the README's first command that contains all these words."""
     own_python(site)
     lines = site.recipe("one of these").splitlines()
     line = next(line for line in lines if all(word in line for word in words))
@@ -191,13 +193,13 @@ def alone(site, words, number=1):
 
 
 def nginx(site, text):
-    """Serve what a server block of nginx says."""
+    """Serve with nginx and this server block."""
     for old in (" 80;", ":80;"):
         assert old in text
         text = text.replace(old, old.replace("80", str(site.port)))
     names = ("client_body", "proxy", "uwsgi", "fastcgi", "scgi")
     places = "".join(f"{name}_temp_path {site.home}/{name};\n" for name in names)
-    # As root, the sockets of the other servers are root's.
+    # If the tests run as root, the sockets of the other servers belong to root.
     config = f"""{"user root;" if IS_ROOT else ""} daemon off; pid {site.home}/pid;
         error_log {site.home}/nginx.log; events {{}}
         http {{ access_log off; {places} {text} }}"""
@@ -207,7 +209,7 @@ def nginx(site, text):
 
 
 def apache(site, text, *modules):
-    """Serve what Apache's configuration says, with the modules it says it needs."""
+    """Serve with Apache, this configuration and the modules that it names."""
     said, loads = " ".join(re.findall("a2enmod (.*)", text)), []
     for module in ("mpm_event", "authz_core", *modules, *said.split()):
         _load_module(module, loads)
@@ -237,7 +239,7 @@ def apache(site, text, *modules):
 
 
 def _load_module(name, loads):
-    """Add the lines that a2enmod would, those of what a module depends on first."""
+    """Add the lines that a2enmod would add, dependencies first."""
     path = Path(f"/etc/apache2/mods-available/{name}.load")
     for others in re.findall("^# Depends: (.*)", path.read_text(), re.M):
         for other in others.split():
@@ -248,7 +250,7 @@ def _load_module(name, loads):
 
 
 def virtual_host(site, purpose, changes=()):
-    """Serve what the README has Apache say for a purpose."""
+    """Serve with the README's virtual host of Apache for a purpose."""
     beginning = f"/etc/apache2/sites-available/tracker.conf, for {purpose}"
     apache(site, site.recipe(beginning, {"*:80": f"*:{site.port}", **dict(changes)}))
 
@@ -257,7 +259,7 @@ def virtual_host(site, purpose, changes=()):
 
 
 def gunicorn(site, address):
-    """Start gunicorn for a front end, as the README does for one at this address."""
+    """Start gunicorn behind a front end, with the README's command for an address."""
     own_python(site)
     lines = site.recipe("behind nginx").splitlines()
     [line] = [line for line in lines if address in line]
@@ -288,14 +290,14 @@ def uwsgi_behind_nginx(site):
     own_python(site)
     unit = site.recipe("/etc/systemd/system/tracker.service")
     line = re.search("^ExecStart=(.*)", unit, re.M)[1]
-    # Beside its socket it listens on a port, on loopback.
+    # wsgi.ini makes uWSGI listen on a port of loopback, too.
     port = f" --set-placeholder port={site.backend}"
     site.run(shlex.split(line.replace(" wsgi.ini", f"{port} wsgi.ini")))
     nginx(site, site.recipe("/etc/nginx/sites-available/tracker, for uWSGI"))
 
 
 def pythonanywhere(site):
-    """nginx passes on what it knows of the client in headers, to one process."""
+    """Imitate PythonAnywhere: nginx names the client in headers, for one process."""
     own_python(site)
     file = site.write("wsgi.py", site.recipe("/var/www/you_pythonanywhere"))
     inner = f"127.0.0.1:{site.backend}"
@@ -322,7 +324,7 @@ def passenger(site):
 
 
 def cgi(site):
-    """Prepare app.py and wsgi.ini as the README says for a CGI program."""
+    """Prepare app.py and wsgi.ini as the README describes it for CGI."""
     (site.home / "tracker").mkdir()
     system_python(site)
     _, shebang, setting = site.recipe("the first line of app.py").splitlines()
@@ -367,15 +369,15 @@ def cgi_lighttpd(site):
 
 
 class Host(NamedTuple):
-    """A host, as the README's table and the tests know it."""
+    """A row of the README's table of hosts."""
 
     setup: object
     needs: tuple = ()
     settings: tuple = ()  # lines for wsgi.ini
-    is_proxied: bool = False  # does the client's address come in a header?
+    is_proxied: bool = False  # True if a header contains the client's address
     path: str = ""  # of the tracker in its URL
     folder: str = "tracker"  # in the user's home
-    peers: int = 24  # that each of the clients at once announces
+    peers: int = 24  # that each of the concurrent clients announces
 
 
 _PROXIED = {"settings": ("proxies = 1",), "is_proxied": True}
@@ -384,7 +386,6 @@ _CGI = {"path": "/tracker/app.py", "folder": "public_html/tracker", "peers": 3}
 HOSTS = {
     "python app.py": Host(partial(alone, words=["python"])),
     "gunicorn": Host(partial(alone, words=["gunicorn", "-w 4"])),
-    "gunicorn with threads": Host(partial(alone, words=["gunicorn", "--threads"])),
     "gunicorn with PasteDeploy": Host(partial(alone, words=["--paste"]), ("paste",)),
     "uWSGI": Host(partial(alone, words=["uwsgi", "port="]), ("pyuwsgi",)),
     "waitress": Host(partial(alone, words=["waitress"], number=2), ("waitress",)),

@@ -1,5 +1,5 @@
--- Requests of tests/bench.py that are no announces, for wrk. Environment:
---   PATHS  file of paths, one a line, of which each request takes one at random
+-- The other requests of tests/bench.py, for wrk. It reads this environment variable:
+--   PATHS  file of paths, one per line; each request asks for one of them at random
 local paths = {}
 for line in io.lines(os.getenv("PATHS")) do
   paths[#paths + 1] = line

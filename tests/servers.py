@@ -1,4 +1,4 @@
-"""Helpers to run the tracker under a real server, and to talk to it as clients do."""
+"""Helpers to run the tracker on a real server, and to talk to it as clients do."""
 
 import json
 import os
@@ -18,11 +18,11 @@ import bencoder
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-LONGEST_QUERY = "8190"  # bytes that gunicorn is told to take in a request line
+LONGEST_QUERY = "8190"  # bytes in a request line that gunicorn is told to accept
 
 
 class Server:
-    """A tracker that runs in a process group of its own, and what it printed."""
+    """A tracker in a separate process group, and its output."""
 
     def __init__(self, command, port, env, cwd=ROOT, path=""):
         self.port, self.url = port, f"http://127.0.0.1:{port}{path}"
@@ -39,12 +39,12 @@ class Server:
         )
 
     def log(self):
-        """Return all that was written to stdout and stderr so far."""
+        """Return the text that was written to stdout and stderr so far."""
         size = os.fstat(self.output.fileno()).st_size
         return os.pread(self.output.fileno(), size, 0).decode(errors="replace")
 
     def workers(self):
-        """Return the pids of all processes below the one that was started."""
+        """Return the process ids of all children of the first process."""
         try:
             children = psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
@@ -52,7 +52,7 @@ class Server:
         return [child.pid for child in children]
 
     def wait_until_ready(self, seconds=20):
-        """Return when the tracker answers; raise RuntimeError if it does not."""
+        """Wait until the tracker answers; raise RuntimeError if it does not."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self.process.poll() is None:
             with suppress(OSError, ValueError):
@@ -60,7 +60,7 @@ class Server:
                     json.load(response)
                     return
             time.sleep(0.02)
-        raise RuntimeError(f"the server did not start, and says:\n{self.log()}")
+        raise RuntimeError(f"the server did not start. Its output:\n{self.log()}")
 
     def signal(self, number):
         """Send a signal to all processes of the server."""
@@ -68,7 +68,7 @@ class Server:
             os.killpg(self.process.pid, number)
 
     def stop(self):
-        """End the server: kindly, and after ten seconds by force."""
+        """Send SIGTERM to the server, and SIGKILL after ten seconds."""
         self.signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(10)
@@ -77,9 +77,9 @@ class Server:
 
 
 def free_port():
-    """Return a port to listen on, below those that the system gives to connections."""
+    """Return a free port below those that the system uses for outgoing connections."""
     while True:
-        # Not random.randrange: a test run may seed it alike in all its processes.
+        # pytest-randomly seeds random.randrange alike in all processes of a run.
         port = random.SystemRandom().randrange(10000, 32000)
         with suppress(OSError), _listening(port):
             return port
@@ -102,7 +102,7 @@ def _listening(port):
 
 @contextmanager
 def serving(command, port, env):
-    """Run a server in the project's folder; yield it as soon as it answers."""
+    """Run a server in the project's folder, and yield it as soon as it answers."""
     server = Server(command, port, env)
     try:
         server.wait_until_ready()
@@ -112,15 +112,16 @@ def serving(command, port, env):
         server.output.close()
 
 
-def gunicorn(port, workers=2, threads=4):
-    """Return the command that serves with gunicorn."""
+def gunicorn(port, workers=2, threads=0):
+    """Return a command for gunicorn with gevent workers, or with threads if given."""
     command = [sys.executable, "-m", "gunicorn", "app:app", "-b", f"127.0.0.1:{port}"]
-    command += ["--workers", workers, "--threads", threads]
-    return [*command, "--limit-request-line", LONGEST_QUERY, "--no-control-socket"]
+    command += ["--threads", threads] if threads else ["--worker-class", "gevent"]
+    command += ["--workers", workers, "--limit-request-line", LONGEST_QUERY]
+    return [*command, "--no-control-socket"]
 
 
 def uwsgi(port):
-    """Return the command that serves with uWSGI as wsgi.ini says, but for the port."""
+    """Return a command for uWSGI with wsgi.ini, and another port."""
     program = Path(sys.executable).with_name("uwsgi")
     return [program, "--set-placeholder", f"port={port}", "wsgi.ini"]
 
@@ -152,7 +153,7 @@ def _decoded(url):
 
 
 def poll(check, seconds, what):
-    """Return the first true value of ``check()``; fail when it has none in time."""
+    """Return the first true value of ``check()``; fail if there is none in time."""
     deadline = time.monotonic() + seconds
     while not (value := check()):
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
@@ -161,7 +162,7 @@ def poll(check, seconds, what):
 
 
 def cgi(folder):
-    """Announce to app.py as a CGI program."""
+    """Run app.py once as a CGI program that answers an announce."""
     query = f"info_hash={'h' * 20}&peer_id={'p' * 20}&port=6881"
     environ = {
         "GATEWAY_INTERFACE": "CGI/1.1",

@@ -1,9 +1,11 @@
-"""Listing: what is shown of the torrents, and in which order."""
+"""The list: which torrents it shows, and in which order."""
+
+from types import SimpleNamespace
 
 import pytest
 from conftest import NOW
 
-from app import NOTHING, ORDERS, Counts, Listing, Torrent, folder_of, row_of, visible
+from app import NO_COUNTS, Counts, ListQuery, Row, Torrent, create_app, visible
 
 
 def torrent_of(number, name="", folder="", v2=b""):
@@ -25,28 +27,25 @@ def torrent_of(number, name="", folder="", v2=b""):
         ("\udcff\ufffe\ufeff\U000e0041", "⟨U+DCFF⟩⟨U+FFFE⟩⟨U+FEFF⟩⟨U+E0041⟩"),
     ],
 )
-def test_what_cannot_be_seen_is_made_visible(text, shown):
+def test_visible_spells_out_invisible_characters(text, shown):
     assert visible(text) == shown
 
 
-def test_a_row_is_a_torrent_with_its_counts():
+def test_row_has_torrent_and_counts():
     torrent = torrent_of(1, "A\u202eb", "linux/isos")
-    row = row_of(torrent, {b"\1" * 20: Counts(1, 2, 1, 3)})
+    row = Row(torrent, {b"\1" * 20: Counts(1, 2, 1, 3)})
     assert row.name == "A⟨U+202E⟩b" and row.category == "linux/isos"
     assert row.counts == (1, 2, 1, 3) and row.id == "01" * 20
-    assert row_of(torrent, {}).counts == NOTHING
+    undecodable = Row(torrent_of(1, folder="\udcfc"), {})
+    assert undecodable.counts == NO_COUNTS and undecodable.category == "\ufffd"
 
 
-def test_a_hybrid_is_in_two_swarms_and_counts_once():
+def test_row_of_a_hybrid_has_the_larger_counts():
     torrent = torrent_of(1, v2=b"v" * 32)
     counts = {b"\1" * 20: Counts(3, 1, 0, 5), b"v" * 20: Counts(2, 4, 1, 1)}
-    assert row_of(torrent, counts).counts == (3, 4, 1, 5)
-    only_v2 = row_of(torrent._replace(v1=b""), counts)
+    assert Row(torrent, counts).counts == (3, 4, 1, 5)
+    only_v2 = Row(torrent._replace(v1=b""), counts)
     assert only_v2.counts == (2, 4, 1, 1) and only_v2.id == b"v".hex() * 32
-
-
-def test_a_folder_in_no_encoding_is_a_category():
-    assert row_of(torrent_of(1, folder="\udcfc"), {}).category == "\ufffd"
 
 
 TORRENTS = [
@@ -59,9 +58,19 @@ TORRENTS = [
 COUNTS = {bytes([n]) * 20: Counts(n % 3, n % 2, 0, 10 - n) for n in range(1, 6)}
 
 
-def selected(*asked):
-    """Return the numbers of the torrents that are selected."""
-    rows = Listing(TORRENTS, COUNTS).select(*asked)
+@pytest.fixture
+def app(tmp_path):
+    """Return an application whose tracker has only what the list needs."""
+    app = create_app({"data": str(tmp_path), "torrents": str(tmp_path)})
+    torrents = {torrent.path: torrent for torrent in TORRENTS}
+    catalogue = SimpleNamespace(version=1, torrents=torrents)
+    catalogue.refresh = lambda *_, **__: None
+    snapshot = SimpleNamespace(listed=COUNTS, totals=())
+    app.tracker = SimpleNamespace(catalogue=catalogue, snapshot=lambda now: snapshot)
+    return app
+
+
+def numbers(rows):
     return [row.torrent.size for row in rows]
 
 
@@ -72,7 +81,7 @@ def selected(*asked):
         ("debian", "", [1, 2]),
         ("12 DEBIAN dvd", "", [2]),
         ("ärger", "", [5]),
-        ("linux", "", [1, 2, 3, 4, 5]),  # categories count, too
+        ("linux", "", [1, 2, 3, 4, 5]),  # a search looks at categories, too
         ("", "linux", [1, 2, 3]),
         ("", "linux/debian", [1, 2]),
         ("dvd", "linux", [2]),
@@ -80,8 +89,10 @@ def selected(*asked):
         ("%", "", []),
     ],
 )
-def test_search_and_category(words, category, found):
-    assert sorted(selected(words, category)) == found
+def test_search_and_category(app, words, category, found):
+    rows, categories, _ = app.listing("size", NOW)
+    assert numbers(ListQuery(words, category).select(rows)) == found
+    assert categories == ["linux", "linux/debian", "linuxoid"]
 
 
 @pytest.mark.parametrize(
@@ -98,26 +109,26 @@ def test_search_and_category(words, category, found):
         ("completed", [5, 4, 3, 2, 1]),
     ],
 )
-def test_orders(order, found):
-    assert selected("", "", order) == found
-    assert order.lstrip("-") in ORDERS
+def test_sort_orders(app, order, found):
+    app.listing("completed", NOW)  # another order, which is kept beside this one
+    assert numbers(app.listing(order, NOW)[0]) == found
 
 
-def test_categories_are_those_that_have_torrents():
-    assert Listing(TORRENTS, {}).categories == ["linux", "linux/debian", "linuxoid"]
+def test_list_is_kept_until_it_changes(app):
+    rows = app.listing("name", NOW)[0]
+    assert app.listing("name", NOW)[0] is rows
+    app.tracker.snapshot(NOW).listed = {bytes([4]) * 20: Counts(9, 0, 0, 0)}
+    assert numbers(app.listing("-seeders", NOW)[0])[0] == 4
+    del app.tracker.catalogue.torrents[TORRENTS[0].path]
+    app.tracker.catalogue.version = 2
+    assert numbers(app.listing("size", NOW)[0]) == [2, 3, 4, 5]
 
 
-def test_files_make_a_tree():
-    files = [(("a", "b"), 1), (("c",), 2), (("a", "d", "e"), 4), (("a", "\n"), 8)]
-    root = folder_of(files)
-    assert (root.size, root.files) == (15, [("c", 2)])
-    (a,) = root.folders
-    assert (a.name, a.size, a.files) == ("a", 13, [("b", 1), ("⟨U+000A⟩", 8)])
-    assert a.folders == [("d", 4, [], [("e", 4)])]
-
-
-def test_a_path_deeper_than_templates_can_go_ends_in_one_name():
-    folder, depth = folder_of([(("x",) * 5000, 1), (("x",), 2)]), 0
-    while folder.folders:
-        folder, depth = folder.folders[0], depth + 1
-    assert depth == 20 and folder.files == [("/".join("x" * 4980), 1)]
+def test_headings_sort_and_reverse():
+    by_name = list(ListQuery("a&b", "x/y", "name", page=2).headings())
+    found = "?q=a%26b&category=x%2Fy"
+    assert by_name[0] == ("Name", f"{found}&sort=-name", "ascending")
+    assert by_name[1] == ("Size", f"{found}&sort=-size", "")
+    assert by_name[-1] == ("Age", found, "")
+    by_age = list(ListQuery().headings())  # the youngest first
+    assert by_age[-1] == ("Age", "?sort=added", "ascending")

@@ -3,8 +3,10 @@
 import bencoder
 import libtorrent
 import pytest
+from conftest import NOW
 from makers import FLAGS, MAKERS, PAYLOADS
-from test_torrents import catalogue
+
+import app as bitbreeze
 
 PADDING = libtorrent.file_flags_t.flag_pad_file
 
@@ -29,16 +31,16 @@ def test_ten_thousand_files_in_one_torrent(tmp_path, kind):
 
 def check_as_libtorrent(folder, path):
     """Fail unless a torrent is listed as libtorrent reads it; return the Torrent."""
-    known, info = catalogue(folder), libtorrent.torrent_info(str(path))
-    known.look(0, 10)
+    known = bitbreeze.Catalogue(folder / "torrents", folder / "data/torrents.json")
+    info = libtorrent.torrent_info(str(path))
+    known.scan(NOW, seconds=10)
     assert not known.skipped
     (torrent,) = known.torrents.values()
     hashes = info.info_hashes()
     assert torrent.v1 == (hashes.v1.to_bytes() if hashes.has_v1() else b"")
     assert torrent.v2 == (hashes.v2.to_bytes() if hashes.has_v2() else b"")
-    assert set(known.by_hash) == {
-        found[:20] for found in (torrent.v1, torrent.v2) if found
-    }
+    assert all(known.tracks(each, NOW) for each in torrent.info_hashes())
+    assert all(known.find(each.hex()) for each in (torrent.v1, torrent.v2) if each)
     files = getattr(info, "layout", info.files)()  # the latter until libtorrent 2.1
     real = [i for i in range(files.num_files()) if not files.file_flags(i) & PADDING]
     assert torrent.files == len(real)

@@ -7,14 +7,15 @@ import os
 import random
 import shutil
 import struct
+import zlib
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import NOW, endpoints, kept, make_settings, peer_id, rewrite
+from conftest import NOW, all_peers, endpoints, kept, make_settings, peer_id, rewrite
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -55,10 +56,9 @@ def endpoint(peer):
     return ipv4(peer) + (1000 + peer % 60000).to_bytes(2, "big")
 
 
-@pytest.fixture(params=[True, False], ids=["mapped", "read"])
-def make_store(request, tmp_path, monkeypatch):
-    """A function that makes a store of each kind; all are of the same data."""
-    monkeypatch.setattr(bitbreeze.FileStore, "_can_map", lambda *_: request.param)
+@pytest.fixture
+def make_store(tmp_path):
+    """A function that makes stores; those with the same folder share their data."""
 
     def make(folder="data", **overrides):
         return bitbreeze.FileStore(tmp_path / folder, make_settings(**overrides))
@@ -99,12 +99,12 @@ def test_stopped_peers_leave(swarm):
     swarm.announce(1)
     swarm.announce(2, left=0)
     counts, peers = swarm.announce(1, event="stopped")
-    assert (counts, peers) == ((1, 0, 0, 0), bitbreeze.NOBODY)
+    assert (counts, peers) == ((1, 0, 0, 0), bitbreeze.NO_PEERS)
     assert swarm.announce(1, event="stopped")[0] == (1, 0, 0, 0)
 
 
 def test_stopping_makes_no_swarm(swarm):
-    assert swarm.announce(1, event="stopped") == ((0, 0, 0, 0), bitbreeze.NOBODY)
+    assert swarm.announce(1, event="stopped") == ((0, 0, 0, 0), bitbreeze.NO_PEERS)
     assert list(swarm.store.swarms(NOW)) == []
 
 
@@ -283,7 +283,7 @@ def test_one_address_cannot_fill_a_swarm(make_store):
             swarm.announce(peer, address=ipv6(1)[:8] + peer.to_bytes(8, "big"))
     from_there = [
         prefix
-        for _, peers in swarm.store.peers(NOW)
+        for _, peers in all_peers(swarm.store, NOW)
         for prefix in endpoints(peers.endpoints6, 18)
         if prefix[:8] == ipv6(1)[:8]
     ]
@@ -298,7 +298,7 @@ def test_peers_are_all_of_every_swarm(make_store, number):
             Swarm(store, info_hash).announce(peer)
             Swarm(store, info_hash).announce(peer, address=ipv6(peer))
     Swarm(store, b"e" * 20).announce(1, event="stopped")
-    found = dict(store.peers(NOW))
+    found = dict(all_peers(store, NOW))
     assert set(found) == {HASH, HASH[::-1]}
     for peers in found.values():
         columns = (endpoints(c, w) for c, w in zip(peers, (20, 6, 18), strict=True))
@@ -380,7 +380,7 @@ def test_records_of_a_swarm_stay_as_they_were(swarm):
 
 def record(seen4=0, seen6=0, address=1, key=5, state=0):
     """Return the Record of peer 1 as another tracker could have it."""
-    end4, end6 = bitbreeze._NOWHERE4, bitbreeze._NOWHERE6
+    end4, end6 = bytes(6), bytes(18)
     end4 = ipv4(address) + b"\x10\x01" if seen4 else end4
     end6 = ipv6(address) + b"\x10\x01" if seen6 else end6
     return bitbreeze.Record(peer_id(1), key, state, seen4, seen6, end4, end6)
@@ -448,18 +448,6 @@ def test_the_larger_number_of_snatches_stays(swarm, here, there, merged):
     swarm.store.restore(HASH, here, [], NOW)
     swarm.store.restore(HASH, there, iter([(record(NEW), LEECHER)]), NOW)
     assert swarm.counts() == (0, 1, 0, merged)
-
-
-@pytest.mark.parametrize("ahead", [0, 5000, -5000, 20 - NOW])
-def test_records_are_in_seconds_of_the_clock(tmp_path, make_store, ahead):
-    settings = make_settings()
-    here = bitbreeze.FileStore(tmp_path / "x", settings, lambda now: now + ahead)
-    there = bitbreeze.FileStore(tmp_path / "y", settings, lambda now: now - 70)
-    for store in (here, there):
-        store.restore(HASH, 0, [(record(NOW - 10, NOW - 15), SEEDER)], NOW)
-        assert known(store, NOW) == {HASH: (0, [(record(NOW - 10, NOW - 15), SEEDER)])}
-        assert Swarm(store).counts(NOW + TTL - 10) == (1, 0, 0, 0)
-        assert Swarm(store).counts(NOW + TTL) == (0, 0, 0, 0)
 
 
 def test_nothing_is_made_of_nobody(swarm):
@@ -538,12 +526,6 @@ def test_store_and_model_agree(tmp_path_factory, seed, crowd, pace):
 # -- Files
 
 
-def swarm_path(store, info_hash=HASH):
-    """Return the path of the file of its own that a swarm has, or would have."""
-    name = info_hash.hex()
-    return Path(store.folder, "swarms", name[:2], name)
-
-
 def files(store):
     return [path for path in Path(store.folder).rglob("*") if path.is_file()]
 
@@ -555,20 +537,11 @@ def test_files_are_private(swarm):
         assert {path.stat().st_mode & 0o777 for path in files(swarm.store)} == {0o600}
 
 
-def test_small_swarms_are_one_block(swarm):
-    for peer in range(70):
-        swarm.announce(peer)
-    path, at = kept(swarm.store.folder)[HASH]
-    assert path.stat().st_size == at + 4096 == 16384 + 4096
-    swarm.announce(70)
-    assert kept(swarm.store.folder) == {HASH: (swarm_path(swarm.store), 0)}
-    assert swarm_path(swarm.store).stat().st_size == 8192
-
-
 def test_big_swarms_take_100_bytes_a_peer_and_shrink(swarm):
-    for peer in range(5000):
-        swarm.announce(peer, NOW + peer % 2 * 1000)
-    path = swarm_path(swarm.store)
+    for now, first in ((NOW, 0), (NOW + 1000, 1)):
+        for peer in range(first, 5000, 2):
+            swarm.announce(peer, now)
+    path = kept(swarm.store.folder)[HASH]
     assert path.stat().st_size < 5000 * 110
     assert swarm.counts(NOW + TTL + 1) == (0, 2500, 0, 0)
     assert swarm.counts(NOW + TTL + 1001) == (0, 0, 0, 0)
@@ -622,7 +595,7 @@ def test_a_damaged_swarm_goes_for_those_who_have_it_open(make_store, size, at):
         one.announce(peer)
         other.announce(peer)
     rewrite(one.store.folder, HASH, lambda it: it[:at] + b"\xff" * 9 + it[at + 9 :])
-    list(one.store.peers(NOW))
+    list(all_peers(one.store, NOW))
     assert Path(one.store.folder, "damaged", HASH.hex()).exists()
     for peer in range(size):
         (one, other)[peer % 2].announce(peer)
@@ -630,73 +603,31 @@ def test_a_damaged_swarm_goes_for_those_who_have_it_open(make_store, size, at):
     assert dict(make_store().swarms(NOW)) == {HASH: (0, size, 0, 0)}
 
 
-@pytest.mark.parametrize("is_open", [True, False])
-def test_files_of_a_newer_version_are_left_alone(make_store, caplog, is_open):
-    """That is a page on a shelf, a file of its own, and a shelf."""
-    swarm, newer = Swarm(make_store()), (HASH, OWN) if is_open else (HASH, OWN, SHELVED)
-    for info_hash in newer:
-        for peer in range(100 if info_hash == OWN else 1):
-            Swarm(swarm.store, info_hash).announce(peer + 1)
-    places = kept(swarm.store.folder)
-    paths = [places[info_hash][0] for info_hash in newer]
-    Swarm(swarm.store, b"o" * 20).announce(1)
-    put_version(swarm.store, places, 2)
-    before = [path.read_bytes() for path in paths]
-    swarm = swarm if is_open else Swarm(make_store())
-    for info_hash in (HASH, *newer):
-        with pytest.raises(bitbreeze.TrackerError, match="Operator: upgrade this one"):
-            Swarm(swarm.store, info_hash).announce(1, NOW + 1)
-    assert swarm.announce(1, NOW + 1, event="stopped")[0] == (0, 0, 0, 0)
-    assert swarm.counts(NOW + 10**8) == (0, 0, 0, 0)
-    assert dict(swarm.store.swarms(NOW)) == {b"o" * 20: (0, 1, 0, 0)}
-    swarm.store.tidy(NOW + 10**8)
-    assert [path.read_bytes() for path in paths] == before
-    assert not Path(swarm.store.folder, "damaged").exists()
-    assert [record.message[: 11 + len(str(paths[0]))] for record in caplog.records] == [
-        f"swarm file {paths[0]}"
-    ]
-    assert "was written by a newer BitBreeze" in caplog.text
-    put_version(swarm.store, places, 1)  # the operator has gone back
-    for info_hash in newer:
-        size = 100 if info_hash == OWN else 1
-        counts = Swarm(swarm.store, info_hash).announce(1, NOW + 2)[0]
-        assert counts == (0, size, 0, 0)
+def test_swarms_grow_by_a_page(swarm):
+    for peer in range(70):
+        swarm.announce(peer)
+    assert kept(swarm.store.folder)[HASH].stat().st_size == 4096
+    swarm.announce(70)
+    assert kept(swarm.store.folder)[HASH].stat().st_size == 8192
 
 
-OWN, SHELVED = b"n" * 20, b"s" * 20
-
-
-def put_version(store, places, version):
-    """Have files say that they are of a version: of two swarms, and of a shelf."""
-    for info_hash, (path, at) in places.items():
-        with open(path, "r+b") as file:
-            file.seek(4 if info_hash == SHELVED else at + 4)
-            file.write(bytes((version,)))
-
-
-def first_page(info_hash, number):
-    """Return a swarm file of format 1 as FileStore describes it, but for its code.
-
-    In it are so many seeders, each with a key and an endpoint of both families.
-    """
+def test_files_are_as_the_docstring_says(make_store):
+    """Trackers have these bytes on their disks: another format needs another folder."""
+    swarm, number = Swarm(make_store()), 3
     head = struct.pack("<4sBBBBII", b"swrm", 1, number, 0, 0, 0, NOW)
-    head += info_hash + b"saltsalt" + struct.pack("<IIII", 1, number, 0, 0)
-    head += struct.pack("<QIIB", 77, 0, 0, 0)
-    whos, ends4, ends6 = b"", b"", b""
+    checked = HASH + b"saltsalt" + struct.pack("<IIII", 1, number, 0, 0)
+    checked += struct.pack("<QIIB", 77, 0, 0, 0)
+    records, ends4, ends6 = b"", b"", b""
     for peer in range(number):
-        whos += peer_id(peer) + struct.pack("<IBII", 5, 2, NOW, NOW)
+        records += peer_id(peer) + struct.pack("<IBII", 5, 2, NOW, NOW)
         ends4 += endpoint(peer)
         ends6 += ipv6(peer) + endpoint(peer)[4:]
-    page = head.ljust(106, b"\0") + whos.ljust(2310, b"\0")
-    return page + ends4.ljust(420, b"\0") + ends6.ljust(1260, b"\0")
-
-
-def test_files_of_format_1_are_read(make_store):
-    """Whatever comes after it: this file is what trackers have on their disks."""
-    swarm = Swarm(make_store())
-    path = swarm_path(swarm.store)
+    page = head + checked + zlib.crc32(checked).to_bytes(4, "little")
+    page = page.ljust(106, b"\0") + records.ljust(2310, b"\0")
+    page += ends4.ljust(420, b"\0") + ends6.ljust(1260, b"\0")
+    path = Path(swarm.store.folder, "swarms/ab", HASH.hex())
     path.parent.mkdir(parents=True)
-    path.write_bytes(first_page(HASH, 3))
+    path.write_bytes(page)
     assert swarm.counts() == (3, 0, 0, 77)
     _, peers = swarm.announce(9, address=ipv6(9))
     found = endpoints(peers.endpoints6, 18)
@@ -706,86 +637,115 @@ def test_files_of_format_1_are_read(make_store):
     assert swarm.announce(1, left=0, event="completed")[0].snatches == 77
 
 
-@pytest.mark.parametrize("size", [1, 100])
-@pytest.mark.parametrize("announces", [1, 5])
-def test_emptied_file_is_a_new_swarm(swarm, caplog, size, announces):
-    for _ in range(announces):
-        for peer in range(size):
-            swarm.announce(peer)
-    os.truncate(kept(swarm.store.folder)[HASH][0], 0)
-    assert swarm.announce(2)[0] == (0, 1, 0, 0)
-    assert not caplog.records
-
-
 @pytest.mark.parametrize("size", [0, 1, 81, 1000, 3605, 4095, 4097, 9000, 16384, 18000])
-@pytest.mark.parametrize("peers", [60, 300])
-def test_a_file_cut_while_it_is_mapped_kills_nobody(swarm, peers, size):
+@pytest.mark.parametrize("peers", [1, 60, 300])
+def test_a_file_that_is_cut_while_open_fills_again(swarm, peers, size):
     for peer in range(peers):
         swarm.announce(peer)
-    os.truncate(kept(swarm.store.folder)[HASH][0], size)
-    for _ in range(2):  # one of them may come upon the damage
+    os.truncate(kept(swarm.store.folder)[HASH], size)
+    for _ in range(2):  # one of these announces may find the damage
         for peer in range(peers):
             swarm.announce(peer)
     assert swarm.counts() == (0, peers, 0, 0)
 
 
-@pytest.mark.parametrize(
-    ("kind", "is_mapped"),
-    [("ext4", True), ("tmpfs", True), ("btrfs", False), ("nfs4", False), ("", False)],
-)
-def test_files_are_mapped_where_that_is_safe(tmp_path, monkeypatch, kind, is_mapped):
-    monkeypatch.setattr(bitbreeze, "_file_system", lambda folder: kind)
-    swarm = Swarm(bitbreeze.FileStore(tmp_path, make_settings()))
-    for expected in (False, is_mapped, is_mapped):  # from the second visit on
-        swarm.announce(1)
-        assert bool(swarm.store._known[HASH].file.map) is expected
+def test_an_emptied_file_is_a_new_swarm(swarm, caplog):
     for peer in range(100):
         swarm.announce(peer)
-    for _ in range(2):
-        swarm.announce(1)
-    assert bool(swarm.store._open[HASH].file.map) is is_mapped
+    os.truncate(kept(swarm.store.folder)[HASH], 0)
+    assert swarm.announce(2)[0] == (0, 1, 0, 0)
+    assert not caplog.records
 
 
-def test_files_are_open_for_ten_seconds_and_so_many_at_most(make_store, monkeypatch):
-    monkeypatch.setattr(bitbreeze, "OPEN_AT_MOST", 9)
+def test_a_miscounted_partial_seed_is_damage(swarm):
+    swarm.announce(1)
+    state_at = 106 + 24
+    partial = bytes((bitbreeze.PARTIAL,))
+    folder = swarm.store.folder
+    rewrite(folder, HASH, lambda it: it[:state_at] + partial + it[state_at + 1 :])
+    swarm.announce(1, event="stopped")
+    assert swarm.announce(2)[0] == (0, 1, 0, 0)
+
+
+def test_files_stay_open_for_ten_seconds_and_so_many(make_store, monkeypatch):
+    monkeypatch.setattr(bitbreeze, "OPEN_AT_MOST", 6)
     store = make_store()
     for number in range(20):
-        fill(store, bytes((number,)) * 20)
+        Swarm(store, bytes((number,)) * 20).announce(1)
         assert len(store._open) == min(number + 1, 6)
-    fill(store, HASH, NOW + 9)
+    Swarm(store).announce(1, NOW + 9)
     assert len(store._open) == 6
-    fill(store, HASH, NOW + 10)
+    Swarm(store).announce(1, NOW + 10)
     assert list(store._open) == [HASH]
 
 
-def fill(store, info_hash, now=NOW):
-    """Announce more peers than a shelf has room for."""
-    for peer in range(71):
-        Swarm(store, info_hash).announce(peer, now)
-
-
-def test_a_store_that_is_dropped_closes_its_files(tmp_path):
-    """At once: garbage may be looked for when a process has no descriptor left."""
+def test_a_dropped_store_closes_its_files(tmp_path):
+    """At once: a process without a free descriptor cannot wait for the collector."""
     store = bitbreeze.FileStore(tmp_path, make_settings())
     for _ in range(3):
         Swarm(store).announce(1)
-        fill(store, OWN)
-    fds = store._known[HASH].file.fd, store._open[OWN].file.fd
+    fd = store._open[HASH].fd
     del store
-    for fd in fds:
-        with pytest.raises(OSError, match="Bad file descriptor"):
-            os.fstat(fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
 
 
-def test_a_forked_child_has_no_file_of_its_parents(swarm):
+def test_a_forked_child_opens_its_own_files(swarm):
     swarm.announce(1)
-    fill(swarm.store, OWN)
-    store = swarm.store
-    assert store._open and store._known and store._shelves
+    assert swarm.store._open
     child = os.fork()
     if not child:
-        os._exit(len(store._open) + len(store._known) + len(store._shelves))
+        os._exit(len(swarm.store._open))
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("peers", [0, 60, 300])
+def test_a_thread_that_waits_for_a_removed_swarm(tmp_path, monkeypatch, peers):
+    """The swarm goes, or grows, while another thread waits for its lock."""
+    store = bitbreeze.FileStore(tmp_path, make_settings(swarm_ttl=0))
+    for peer in range(peers or 1):
+        Swarm(store).announce(peer)
+    if not peers:
+        Swarm(store).announce(0, event="stopped")
+    newcomers = range(3000, 3000 + peers)
+    waits, enter = [True], bitbreeze.Swarm.__enter__
+
+    def wait(swarm):
+        if waits:
+            waits.clear()
+            list(store.swarms(NOW))
+            for peer in newcomers:
+                Swarm(store).announce(peer)
+        return enter(swarm)
+
+    monkeypatch.setattr(bitbreeze.Swarm, "__enter__", wait)
+    Swarm(store).announce(2000)
+    assert not waits
+    other = bitbreeze.FileStore(tmp_path, make_settings())
+    assert Swarm(other).counts().leechers == peers + len(newcomers) + 1
+
+
+@pytest.mark.parametrize("jump", [TTL // 2, 86400])
+@pytest.mark.parametrize("number", [30, 300])
+def test_a_clock_that_was_set_back_keeps_no_peer(make_store, number, jump):
+    """At the next tidy or recount, seconds in the future count as now."""
+    swarm = Swarm(make_store(swarm_ttl=0))
+    for first, now in ((0, NOW), (number, NOW + jump)):
+        for peer in range(first, first + number):
+            swarm.announce(peer, now)
+    later = NOW + TTL // 4
+    tidied(later)(swarm)
+    swarm.announce(5000, later)
+    assert swarm.counts(later + TTL) == (0, number + 1, 0, 0)
+    recounted = later + TTL + (TTL // 16 if number > 70 else 1)
+    assert swarm.counts(recounted + 1) == (0, 0, 0, 0)
+
+
+def test_a_clock_that_was_set_forward_lets_peers_come_back(swarm):
+    for now in (NOW, NOW + 86400, NOW):
+        for peer in range(100):
+            swarm.announce(peer, now)
+        assert swarm.counts(now) == (0, 100, 0, 0)
 
 
 def test_removed_folder_is_made_again(swarm):
@@ -813,9 +773,7 @@ def test_any_flipped_byte_is_survived(tmp_path, caplog, is_long, peers):
     whole = whole_file(bitbreeze.FileStore(tmp_path / "whole", make_settings()), peers)
     values = [1 << bit for bit in range(8)] + [255, random.randrange(1, 255)]
     values = values if is_long else random.sample(values, 1)
-    # Not that of the version, though: with a higher one, a file is a newer tracker's.
-    offsets = [at for at in range(len(whole)) if at != 4]
-    flips = [(at, value) for at in offsets for value in values]
+    flips = [(at, value) for at in range(len(whole)) for value in values]
     for first in range(0, len(flips), 2048):
         folder = tmp_path / str(first)
         flipped = put_flipped(folder, whole, flips[first : first + 2048])
@@ -839,7 +797,7 @@ def put_flipped(folder, whole, flips):
     swarms = {number.to_bytes(20, "big"): flip for number, flip in enumerate(flips)}
     for info_hash, (at, value) in swarms.items():
         head = whole[16:36].replace(HASH, info_hash) + whole[36:77]
-        data = bytearray(whole[:16] + head + bitbreeze._checksum(head) + whole[81:])
+        data = bytearray(whole[:16] + head + bitbreeze.checksum(head) + whole[81:])
         data[at] ^= value
         (folder / "swarms/00" / info_hash.hex()).write_bytes(data)
     return swarms
@@ -855,7 +813,7 @@ def check_flipped(store, swarms):
             counts, peers = Swarm(store, info_hash).announce(99, now)
             assert 0 <= min(counts) <= max(counts) <= 140, flip
             assert len(peers.endpoints4) % 6 == 0 and counts.leechers, flip
-    found = dict(store.peers(later))
+    found = dict(all_peers(store, later))
     for info_hash, (at, value) in swarms.items():
         if at < 5 or 16 <= at < 81:  # nothing is believed of such a head
             assert Path(store.folder, "damaged", info_hash.hex()).exists(), (at, value)
@@ -893,242 +851,7 @@ def test_any_flipped_bytes_are_survived(tmp_path_factory, seed, flips):
             assert min(swarm.counts(now)) >= 0
 
 
-def test_a_partial_seed_that_was_not_counted_is_damage(make_store):
-    store = make_store()
-    swarm = Swarm(store)
-    swarm.announce(1)
-    at = bitbreeze._WHOS + 24
-    partial = bytes((bitbreeze.PARTIAL,))
-    rewrite(store.folder, HASH, lambda data: data[:at] + partial + data[at + 1 :])
-    swarm.announce(1, event="stopped")
-    assert swarm.announce(2)[0] == (0, 1, 0, 0)
-
-
 # -- Shelves
-
-
-def on_shelf(number, shelf=1):
-    """Return info_hashes that share a shelf, and fill its buckets evenly."""
-    return [bytes((shelf, at % 31)) + at.to_bytes(18, "big") for at in range(number)]
-
-
-def test_swarms_a_shelf_has_no_room_for_have_files_of_their_own(make_store):
-    """They are those whose bucket is full, and that of zeros, as free entries are."""
-    store = make_store()
-    swarms = [Swarm(store, bytes((7, 9, number)) * 6 + b"ab") for number in range(40)]
-    swarms.append(Swarm(store, bytes(20)))
-    for _ in range(3):
-        for number, swarm in enumerate(swarms):
-            assert swarm.announce(number)[0] == (0, 1, 0, 0)
-    found = kept(store.folder)
-    assert set(found) == {swarm.info_hash for swarm in swarms}
-    assert sum(at > 0 for _, at in found.values()) == 16
-    assert len(list(store.swarms(NOW))) == len(list(make_store().swarms(NOW))) == 41
-
-
-def test_a_place_that_is_free_is_used_again(make_store):
-    store = make_store(swarm_ttl=0)
-    for age in range(3):
-        for info_hash in on_shelf(50):
-            Swarm(store, info_hash).announce(age, NOW + age * (TTL + 1))
-        list(store.swarms(NOW + age * (TTL + 1)))
-        (path,) = {path for path, _ in kept(store.folder).values()}
-        assert path.stat().st_size == 16384 + 50 * 4096
-        if age == 0:
-            list(store.swarms(NOW + TTL + 1))
-            assert not kept(store.folder)
-
-
-def test_a_shelf_that_may_not_be_opened_any_more_is_closed(swarm, monkeypatch):
-    def refuse(path):
-        raise OSError(errno.EROFS, "read-only file system")
-
-    swarm.announce(1)
-    monkeypatch.setattr(bitbreeze, "_open_quietly", refuse)
-    swarm.announce(1, NOW + 9)
-    with pytest.raises(OSError, match="read-only"):
-        swarm.announce(1, NOW + 10)
-
-
-def test_a_swarm_that_needs_a_file_has_others_closed(swarm, monkeypatch):
-    """If no descriptor is left otherwise; if none is to be had, nothing is lost."""
-    store, locked = swarm.store, bitbreeze._open_locked
-    fill(store, OWN)
-    for peer in range(70):
-        swarm.announce(peer)
-
-    def open_locked(path, operation):
-        if is_refused or store._open:
-            raise OSError(errno.EMFILE, "too many open files", path)
-        return locked(path, operation)
-
-    monkeypatch.setattr(bitbreeze, "_open_locked", open_locked)
-    for is_refused in (True, False):
-        with pytest.raises(OSError, match="too many") if is_refused else nullcontext():
-            assert swarm.announce(70)[0].leechers == 71
-        assert swarm.counts().leechers == 70 + (not is_refused)
-    assert swarm_path(store).exists()
-
-
-def test_a_folder_that_goes_while_a_swarm_moves_is_told_as_such(swarm, monkeypatch):
-    def open_locked(path, operation):
-        raise FileNotFoundError(errno.ENOENT, "no such folder", path)
-
-    for peer in range(70):
-        swarm.announce(peer)
-    with monkeypatch.context() as patched:
-        patched.setattr(bitbreeze, "_open_locked", open_locked)
-        with pytest.raises(FileNotFoundError):
-            swarm.announce(70)
-    assert swarm.announce(70)[0].leechers == 71
-
-
-def test_a_page_that_a_kill_left_behind_hides_no_swarm(swarm):
-    """Not even when a shelf is made anew of the pages that are whole."""
-    store, (other, *_) = swarm.store, on_shelf(1, HASH[0] % 64)
-    Swarm(store, other).announce(1)
-    path, _ = kept(store.folder)[other]
-    fill(store, HASH)
-    with open(path, "r+b") as file:
-        file.write(b"no shelf")
-        file.seek(0, os.SEEK_END)
-        file.write(bitbreeze._new_first(HASH, NOW))
-    again = bitbreeze.FileStore(store.folder, make_settings())
-    counts = again.scrape([HASH, other], NOW)
-    assert [each.leechers for each in counts.values()] == [71, 1]
-
-
-def crowded_shelf(folder):
-    """Return a store with a shelf of 100 swarms, of whom a tenth stays."""
-    store = bitbreeze.FileStore(folder, make_settings(swarm_ttl=0))
-    for number, info_hash in enumerate(on_shelf(100)):
-        for peer in range(3):
-            Swarm(store, info_hash).announce(peer, NOW + 100 * (number % 10 == 0))
-    return store, on_shelf(100)[::10]
-
-
-def test_a_shelf_that_is_mostly_free_is_given_back(tmp_path):
-    now = NOW + TTL + 50
-    store, staying = crowded_shelf(tmp_path / "data")
-    other = bitbreeze.FileStore(tmp_path / "data", make_settings())
-    for info_hash in staying:  # it has the shelf open, and knows who is there
-        assert Swarm(other, info_hash).announce(3, now)[0] == (0, 4, 0, 0)
-    tidied(now)(Swarm(store))
-    assert not list(Path(store.folder, "shelves").iterdir())
-    found = {info_hash: (swarm_path(store, info_hash), 0) for info_hash in staying}
-    assert kept(store.folder) == found
-    check_number(store)
-    for info_hash in staying:
-        for each in (store, other):
-            assert Swarm(each, info_hash).counts(now) == (0, 4, 0, 0)
-    for each in (other, store):  # on a new shelf, for both
-        Swarm(each, on_shelf(2)[1]).announce(1, now)
-    assert Swarm(store, on_shelf(2)[1]).counts(now) == (0, 1, 0, 0)
-    assert len(kept(store.folder)) == len(staying) + 1
-
-
-@pytest.mark.parametrize("kind", ["kill", "error"])
-def test_a_fault_in_giving_back_a_shelf_loses_nothing(tmp_path, kind):
-    now, calls = NOW + TTL + 50, 0
-    crowded_shelf(tmp_path / "prepared")
-    while True:
-        folder = tmp_path / "data"
-        shutil.copytree(tmp_path / "prepared", folder)
-        store = bitbreeze.FileStore(folder, make_settings(swarm_ttl=0))
-        struck = Faulty(kind, calls).strike(tidied_first(now), Swarm(store))
-        for each in (store, bitbreeze.FileStore(folder, make_settings(swarm_ttl=0))):
-            for info_hash in on_shelf(100)[::10]:
-                assert Swarm(each, info_hash).counts(now) == (0, 3, 0, 0)
-        tidied_first(now)(Swarm(each))
-        assert len(kept(folder)) == 10
-        if not struck:
-            break
-        shutil.rmtree(folder)
-        calls += 7 if calls > 50 else 1
-    assert calls > 50
-
-
-def tidied_first(now):
-    """Return what looks through the folder that those of ``on_shelf`` are of."""
-
-    def tidy(swarm):
-        swarm.store._next, swarm.store._tidied = 0, 0
-        swarm.store.tidy(now)
-
-    return tidy
-
-
-@pytest.mark.parametrize(
-    "at", [*range(20), *range(512, 16384, 1000), *range(1024, 1024 + 44)]
-)
-def test_any_flipped_byte_of_a_directory_is_survived(tmp_path, caplog, at):
-    """At the most the swarm goes that is named there, and it fills again."""
-    store, swarms = bitbreeze.FileStore(tmp_path, make_settings()), on_shelf(60)
-    for peer in range(3):
-        for info_hash in swarms:
-            Swarm(store, info_hash).announce(peer)
-    ((path, _), *_) = kept(tmp_path).values()
-    with open(path, "r+b") as file:
-        file.seek(at)
-        (was,) = file.read(1)
-        file.seek(at)
-        file.write(bytes((was ^ (255 if at == 4 else 1 << at % 8),)))
-    is_newer = at == 4
-    for each in (store, bitbreeze.FileStore(tmp_path, make_settings())):
-        for info_hash in swarms:
-            with suppress(bitbreeze.TrackerError):
-                for peer in range(2):
-                    assert Swarm(each, info_hash).announce(peer)[0].leechers <= 3
-        list(each.peers(NOW))
-    if is_newer:
-        return
-    counts = store.scrape(swarms, NOW)
-    assert all(2 <= counts[info_hash].leechers <= 3 for info_hash in swarms)
-    assert sum(each.leechers == 2 for each in counts.values()) <= 2
-    assert at >= 20 or "was damaged" in caplog.text
-
-
-def test_a_swarm_that_moves_when_its_entry_is_lost_takes_no_other_along(tmp_path):
-    store, (first, second) = bitbreeze.FileStore(tmp_path, make_settings()), on_shelf(2)
-    for peer in range(70):
-        Swarm(store, first).announce(peer)
-    Swarm(store, second).announce(1)
-    path, _ = kept(tmp_path)[first]
-    shelf = path.read_bytes()
-    with open(path, "r+b") as file:
-        file.seek(shelf.index(first, 512))
-        file.write(bytes(32))
-    for peer in range(75):
-        Swarm(store, first).announce(peer)
-    for each in (store, bitbreeze.FileStore(tmp_path, make_settings())):
-        counts = each.scrape([first, second], NOW)
-        assert [each.leechers for each in counts.values()] == [5, 1]
-
-
-@pytest.mark.parametrize("peers", [0, 60, 70, 100])
-def test_who_waits_for_a_swarm_that_goes_finds_the_next(tmp_path, monkeypatch, peers):
-    """It goes while another thread waits: it is dropped, or gets a file of its own."""
-    store, now = bitbreeze.FileStore(tmp_path, make_settings(swarm_ttl=0)), NOW
-    for peer in range(peers or 1):
-        Swarm(store).announce(peer)
-    if not peers:
-        Swarm(store).announce(0, event="stopped")
-    newcomers = range(3000, 3000 + bool(peers))
-    waits, enter = [True], bitbreeze.SwarmFile.__enter__
-
-    def wait(file):
-        if waits:
-            waits.clear()
-            list(store.swarms(now))
-            for peer in newcomers:
-                Swarm(store).announce(peer)
-        return enter(file)
-
-    monkeypatch.setattr(bitbreeze.SwarmFile, "__enter__", wait)
-    Swarm(store).announce(2000)
-    assert not waits
-    other = bitbreeze.FileStore(tmp_path, make_settings())
-    assert Swarm(other).counts().leechers == peers + len(newcomers) + 1
 
 
 # -- Kills and errors, at every call to the system
@@ -1214,18 +937,9 @@ def torn(number):
     def prepare(swarm):
         crowd(120)(swarm)
         Faulty("kill", number, {"pwrite"}).strike(announced(120), swarm)
-        assert swarm_path(swarm.store).read_bytes()[76] == bitbreeze.CHANGING, number
-
-    return prepare
-
-
-def torn_from_shelf(number):
-    """Return what leaves a swarm as a kill does after so many writes of a move."""
-
-    def prepare(swarm):
-        crowd(70)(swarm)
-        Faulty("kill", number, {"pwrite"}).strike(announced(70), swarm)
-        assert swarm_path(swarm.store).exists() == (number > 0)
+        assert kept(swarm.store.folder)[HASH].read_bytes()[76] == bitbreeze.CHANGING, (
+            number
+        )
 
     return prepare
 
@@ -1255,7 +969,7 @@ def swarms(number):
 def an_empty_file(swarm):
     """Leave what a kill leaves when a file is made, and nothing written to it yet."""
     crowd(1)(swarm)
-    os.truncate(kept(swarm.store.folder)[HASH][0], 0)
+    os.truncate(kept(swarm.store.folder)[HASH], 0)
     Path(swarm.store.folder, "swarms.count").write_bytes(bytes(8))
 
 
@@ -1268,13 +982,12 @@ def scraped(now):
 
 
 def walked(now):
-    return lambda swarm: list(swarm.store.peers(now))
+    return lambda swarm: list(all_peers(swarm.store, now))
 
 
 def tidied(now):
     def tidy(swarm):
         for _ in range(256):
-            swarm.store._tidied = 0
             swarm.store.tidy(now)
 
     return tidy
@@ -1322,16 +1035,6 @@ CASES = {
         for n in (2, 3)
         for what, act in (("scrape", scraped(NOW + 100)), ("newcomer", announced(999)))
     },
-    **{
-        f"{what} after a kill in moving, {n} writes done": Case(
-            torn_from_shelf(n), act, now
-        )
-        for n in (0, 1, 2)
-        for what, act, now in (
-            ("newcomer", announced(70), NOW + 100),
-            ("end", walked(LATER + 50), LATER + 50),
-        )
-    },
     "nobody left of many": Case(crowd(500), scraped(LATER + 50), LATER + 50),
     "walk over the expired": Case(swarms(2), walked(LATER), LATER),
     "tidy": Case(swarms(2), tidied(LATER), LATER),
@@ -1344,11 +1047,13 @@ CASES = {
 
 
 def observed(store, now):
-    """Return who is in which swarm, the sums, and the snatches, as all agree on."""
+    """Return the peers and counts of all swarms, which must agree, and the snatches."""
     found = {
         info_hash: sorted(zip(*map(endpoints, peers, (20, 6, 18)), strict=True))
-        for info_hash, peers in store.peers(now)
+        for info_hash, peers in all_peers(store, now)
     }
+    counted = {h: counts for h, counts in store.swarms(now) if sum(counts[:2])}
+    assert found.keys() == counted.keys()
     counts = store.scrape([HASH, OTHER], now)
     for info_hash, (seeders, leechers, partial_seeds, _) in counts.items():
         ids = [peer_id for peer_id, *_ in found.setdefault(info_hash, [])]
@@ -1416,133 +1121,6 @@ def check_after_fault(swarm, case, before, after):
     assert disk_use(store) == after[2]
     aside = Path(store.folder, "damaged", HASH.hex())
     assert aside.exists() == case.is_damaged
-
-
-def test_peers_by_family_in_a_swarm_of_many_pages(tmp_path, settings):
-    store = bitbreeze.FileStore(tmp_path, settings)
-    for number in range(300):
-        address = b"\x0b\0" + number.to_bytes(2, "big")
-        both = (address, address * 4) if number % 3 == 0 else (address,)
-        for each in both:
-            peer = bitbreeze.Announce(b"h" * 20, peer_id(number), each, 6881, 0, key=1)
-            store.announce(peer, 0, NOW)
-    assert store.families(NOW) == (300, 100)
-    assert store.families(NOW + settings.peer_ttl + 1) == (0, 0)
-
-
-HOUR, DAY = 3600, 86400
-BOOT, OTHER_BOOT = b"b" * 16, b"o" * 16
-
-
-class Computer:
-    """A computer whose clock can be set, and processes on it."""
-
-    def __init__(self, folder):
-        self.path, self.boot_id = folder / "clock", BOOT
-        self.up, self.set = 5000, NOW  # seconds since it was started, and the clock
-
-    def process(self):
-        return bitbreeze.EvenClock(self.path, self.boot_id, lambda: self.up)
-
-    def wait(self, seconds):
-        self.up, self.set = self.up + seconds, self.set + seconds
-
-    def start_anew(self, seconds=0):
-        self.wait(seconds)
-        self.up, self.boot_id = 20, OTHER_BOOT
-
-
-@pytest.mark.parametrize("jumps", [(DAY,), (-DAY,), (DAY, -DAY), (-DAY, 3 * DAY, 100)])
-def test_even_seconds_go_on_when_the_clock_is_set(tmp_path, jumps):
-    computer = Computer(tmp_path)
-    old, since = [computer.process(), computer.process()], 0
-    for jump in (0, *jumps, 0):
-        computer.set += jump
-        for clock in (*old, computer.process()):
-            assert clock(computer.set) == NOW + since
-        computer.wait(HOUR)
-        since += HOUR
-        assert old[0](computer.set) == NOW + since
-
-
-def test_small_differences_of_clocks_are_let_be(tmp_path, caplog):
-    computer = Computer(tmp_path)
-    clock = computer.process()
-    for seconds in (0, 20, -20, 59, -59):
-        assert clock(NOW + seconds) == NOW + seconds
-    assert not caplog.records
-    clock(NOW + 61)
-    assert len(caplog.records) == 1
-
-
-@pytest.mark.parametrize(
-    ("jump", "off", "after"),
-    [
-        (0, HOUR, HOUR),
-        (0, -DAY, 0),  # the clock was set back meanwhile
-        (DAY, 0, DAY),  # nobody knows any more that the clock was set
-        (-DAY, 0, 0),
-    ],
-)
-def test_even_seconds_never_go_back_when_the_computer_starts(
-    tmp_path, jump, off, after
-):
-    computer = Computer(tmp_path)
-    assert computer.process()(computer.set) == NOW
-    computer.set += jump
-    assert computer.process()(computer.set) == NOW
-    computer.start_anew(off)
-    clock = computer.process()
-    assert clock(computer.set) == NOW + after
-    computer.wait(HOUR)
-    assert clock(computer.set) == NOW + after + HOUR
-    assert computer.process()(computer.set) == NOW + after + HOUR
-
-
-@pytest.mark.parametrize("data", [b"", b"clck", b"clck\0" + bytes(43), b"?" * 48])
-def test_a_clock_file_of_no_use_is_written_anew(tmp_path, data):
-    computer = Computer(tmp_path)
-    computer.path.write_bytes(data)
-    assert computer.process()(computer.set) == NOW
-    computer.set += DAY
-    assert computer.process()(computer.set) == NOW
-
-
-def test_where_the_start_is_not_told_even_seconds_are_those_of_the_clock(tmp_path):
-    clock = bitbreeze.EvenClock(tmp_path / "clock", b"")
-    for now in (NOW, NOW + DAY, NOW - DAY):
-        assert clock(now) == now
-    assert not (tmp_path / "clock").exists()
-
-
-def test_the_clock_of_a_newer_version_is_left_alone(tmp_path):
-    path, data = tmp_path / "clock", b"clck\x02" + bytes(43)
-    path.write_bytes(data)
-    clock = bitbreeze.EvenClock(path, b"b" * 16, lambda: 5)
-    for now in (NOW, NOW + 1, NOW + DAY):
-        assert clock(now) == now
-    assert path.read_bytes() == data
-
-
-@pytest.mark.parametrize("jump", [DAY, -DAY])
-def test_a_clock_that_is_set_makes_nobody_look_gone_or_stay(tmp_path, settings, jump):
-    computer = Computer(tmp_path)
-    stores = [
-        bitbreeze.FileStore(tmp_path, settings, computer.process()) for _ in range(2)
-    ]
-    for number in range(50):
-        peer = bitbreeze.Announce(HASH, peer_id(number), b"\x0b\0\0\1", 2000 + number)
-        stores[0].announce(peer, 0, computer.set)
-    computer.set += jump
-    for store in (*stores, bitbreeze.FileStore(tmp_path, settings, computer.process())):
-        assert store.scrape([HASH], computer.set)[HASH].leechers == 50
-        assert store.last_seen(HASH, computer.set) == computer.set
-    computer.wait(settings.peer_ttl)
-    for store in stores:
-        assert store.scrape([HASH], computer.set)[HASH].leechers == 50
-    computer.wait(2)
-    for store in reversed(stores):
-        assert store.scrape([HASH], computer.set)[HASH].leechers == 0
 
 
 @pytest.mark.parametrize("kind", ["kill", "error"])

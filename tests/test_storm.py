@@ -389,7 +389,7 @@ def test_an_emptied_file_is_begun_anew(shared, peers):
     server, data = shared
     info_hash = os.urandom(20)
     fill(server, info_hash, peers)
-    os.truncate(kept(data)[info_hash][0], 0)
+    os.truncate(kept(data)[info_hash], 0)
     assert join(server, info_hash, 0) == 1
     assert fill(server, info_hash, 100) == 100
     assert not (data / "damaged" / info_hash.hex()).exists()
@@ -400,7 +400,7 @@ def test_a_lost_page_is_noticed_by_those_who_need_it(shared):
     server, data = shared
     info_hash = os.urandom(20)
     fill(server, info_hash, 100)
-    path, _ = kept(data)[info_hash]
+    path = kept(data)[info_hash]
     os.truncate(path, path.stat().st_size - 1)
     fill(server, info_hash, 100)  # not all of them need that page
     assert fill(server, info_hash, 100) == 100

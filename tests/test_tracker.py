@@ -7,7 +7,7 @@ import tracemalloc
 from heapq import heappop, heappush
 
 import pytest
-from conftest import NOW, endpoints, kept, make_settings, peer_id
+from conftest import NOW, all_peers, endpoints, kept, make_settings, peer_id
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -286,15 +286,15 @@ def test_a_long_life_ends_as_the_model_says(tmp_path, monkeypatch, is_long):
         for third in (1, 2, 3):
             life.live_until(NOW + third * hours * 1200)
             life.check(tmp_path / "data")
-            each = bitbreeze.OPEN_AT_MOST + 2 * bitbreeze.SHELVES
-            assert len(os.listdir("/proc/self/fd")) <= open_before + WORKERS * each + 1
+            most = open_before + WORKERS * bitbreeze.OPEN_AT_MOST + 1
+            assert len(os.listdir("/proc/self/fd")) <= most
             sizes.append(memory_of_app())
     finally:
         tracemalloc.stop()
     print(f"{life.number} announces; bytes held after each third: {sizes}")
     assert sizes[2] < sizes[0] + 8000 * WORKERS * bitbreeze.OPEN_AT_MOST
     end = life.now + settings.peer_ttl + 1
-    last = open_tracker(settings._replace(swarm_ttl=0)).store
+    last = bitbreeze.open_tracker(settings._replace(swarm_ttl=0)).store
     for step in range(256):
         last.tidy(end + 10 * step)
     left = (tmp_path / "data").glob("s*/**/*")
@@ -307,7 +307,7 @@ class Life:
 
     def __init__(self, settings, souls):
         self.settings, self.model = settings, Model(settings.peer_ttl)
-        self.trackers = [open_tracker(settings) for _ in range(WORKERS)]
+        self.trackers = [bitbreeze.open_tracker(settings) for _ in range(WORKERS)]
         self.now, self.number, self.waiting = NOW, 0, []
         for number in range(souls):
             at = NOW + random.randrange(1000)
@@ -325,8 +325,9 @@ class Life:
     def announce(self, said):
         worker = random.randrange(WORKERS)
         if random.random() < 0.001:  # it is restarted
-            self.trackers[worker] = open_tracker(self.settings)
+            self.trackers[worker] = bitbreeze.open_tracker(self.settings)
         counts, peers, _ = self.trackers[worker].announce(said, self.now)
+        self.trackers[worker].run_maintenance(self.now)
         self.model.announce(said, self.now)
         self.number += 1
         known = self.model.swarms[said.info_hash]
@@ -337,11 +338,11 @@ class Life:
         """Fail unless all is as the model says, when all has been counted anew."""
         self.now += self.settings.peer_ttl // 16 + 1
         store, now, pages, sums = self.trackers[0].store, self.now, 0, [0] * 5
-        found = dict(store.peers(now))
+        found = dict(all_peers(store, now))
         for info_hash in self.model.swarms:
             counts = self.model.counts(info_hash, now)
             assert store.scrape([info_hash], now)[info_hash] == counts
-            peers = found.pop(info_hash, bitbreeze.NOBODY)
+            peers = found.pop(info_hash, bitbreeze.NO_PEERS)
             columns = map(endpoints, peers, (20, 6, 18))
             there = self.model.endpoints(info_hash, now)
             assert set(zip(*columns, strict=True)) == there
@@ -349,22 +350,15 @@ class Life:
             pages += 1 + len(there) // bitbreeze.SPARSE
         assert not found
         assert self.trackers[1].totals(now) == tuple(sums)
-        places = kept(folder).values()
-        assert sum(4096 if at else p.stat().st_size for p, at in places) <= 4096 * pages
+        paths = kept(folder).values()
+        assert sum(path.stat().st_size for path in paths) <= 4096 * pages
         number = int.from_bytes((folder / "swarms.count").read_bytes(), "little")
-        assert number == len(places)
-
-
-def open_tracker(settings):
-    """Return a Tracker whose time is that of the test: no clock is set in it."""
-    tracker = bitbreeze.open_tracker(settings)
-    tracker.store.even = lambda now: now
-    return tracker
+        assert number == len(paths)
 
 
 def memory_of_app():
     """Return how many bytes are held that app.py has asked for."""
-    bitbreeze.private_network.cache_clear()  # it has a bound of its own
+    bitbreeze.is_private.cache_clear()  # its size is limited
     gc.collect()
     ours = tracemalloc.Filter(True, bitbreeze.__file__)
     statistics = tracemalloc.take_snapshot().filter_traces([ours]).statistics("lineno")

@@ -1,21 +1,17 @@
-"""Door: paths, methods and errors, and a process for every request (CGI)."""
+"""WSGI entry point: paths, methods, errors, system calls, and CGI."""
 
 import errno
 import fcntl
 import logging
 import os
-import socket
-import ssl
 import subprocess
 import sys
 from collections import Counter
-from contextlib import ExitStack, nullcontext
 from types import BuiltinFunctionType
 
 import bencoder
 import pytest
 from conftest import escape, peer_id
-from servers import announce, announce_path, free_port, gunicorn, serving
 
 import app as bitbreeze
 
@@ -67,71 +63,17 @@ def test_other_methods_are_not_allowed(tracker, method, path):
     assert "GET" in headers["Allow"]
 
 
-def test_flask_test_client_passes_the_same_door(tmp_path):
+def test_flask_test_client_uses_the_same_entry(tmp_path):
     app = bitbreeze.create_app({"data": str(tmp_path)})
     reply = app.test_client().get("/announce?" + QUERY)
     assert bencoder.bdecode(reply.data)[b"complete"] == 1
-
-
-def test_gunicorns_sync_worker_waits_for_nobody_to_hang_up(tmp_path):
-    """It would for two seconds, and the last of these would be told after a minute."""
-    port = free_port()
-    path = announce_path(b"h" * 20, peer_id(1), 6881)
-    with (
-        serving(gunicorn(port, 1, 1), port, {"TRACKER_DATA": str(tmp_path)}) as server,
-        ExitStack() as opened,
-    ):
-        for _ in range(30):
-            client = socket.create_connection(("127.0.0.1", port), timeout=20)
-            opened.enter_context(client)
-            client.sendall(f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
-        assert announce(server.url, b"h" * 20, peer_id(2), 6882)[b"incomplete"] == 2
-        answer = b"".join(iter(lambda: client.recv(9999), b""))
-        assert b"Connection: close" in answer and b"d8:complete" in answer
-
-
-def _plain(each):
-    return each
-
-
-def _encrypted(each):
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    return context.wrap_socket(each, server_side=True, do_handshake_on_connect=False)
-
-
-@pytest.mark.parametrize(
-    ("kind", "is_kept", "is_read"),
-    [
-        (_plain, False, False),
-        (_plain, True, True),  # a thread of gunicorn's may wait for the next request
-        (_encrypted, False, True),  # Python would go on in clear
-    ],
-)
-def test_what_is_read_no_more(tracker, kind, is_kept, is_read):
-    ours, client = socket.socketpair()
-    with client, kind(ours) as ours:
-        ours.setblocking(False)
-        asked = {"gunicorn.socket": ours, "wsgi.multithread": is_kept}
-        assert b"d8:complete" in tracker().get("/announce", QUERY, **asked)[2]
-        with pytest.raises(BlockingIOError) if is_read else nullcontext():
-            assert not os.read(ours.fileno(), 1)
-
-
-def test_a_client_that_has_gone_is_no_fault(tracker, caplog):
-    with socket.socket() as ours:  # not connected
-        asked = {"gunicorn.socket": ours, "wsgi.multithread": False}
-        assert b"d8:complete" in tracker().get("/announce", QUERY, **asked)[2]
-    assert not caplog.text
 
 
 def test_refusals_are_200_with_a_reason(tracker):
     status, _, body = tracker().get("/announce", "info_hash=" + "ab" * 20)
     assert status == "200 OK"
     reply = bencoder.bdecode(body)
-    assert (
-        reply[b"failure reason"]
-        == b"info_hash must be 20 bytes, these are 40: is it hex?"
-    )
+    assert reply[b"failure reason"] == b"info_hash must be 20 bytes, not 40: is it hex?"
     assert (reply[b"interval"], reply[b"min interval"], reply[b"retry in"]) == (
         1800,
         300,
@@ -164,7 +106,7 @@ def test_a_fault_that_repeats_is_logged_once_a_minute(
             for _ in range(30):
                 assert b"secret" not in client.get(path, QUERY)[2]
                 now[0] += 1
-            assert len(caplog.records) == logged
+            assert caplog.text.count("failed (logged once a minute)") == logged
             now[0] += 30
         patch.setattr(client.app.tracker.store, "announce", lambda *_: 1 / 0)
         client.get("/announce", QUERY)
@@ -172,9 +114,7 @@ def test_a_fault_that_repeats_is_logged_once_a_minute(
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EIO])
-def test_without_locks_nobody_is_kept_and_that_is_said(
-    tracker, caplog, monkeypatch, number
-):
+def test_without_locks_announces_are_refused(tracker, caplog, monkeypatch, number):
     client = tracker()
     client.announce(1)
 
@@ -193,7 +133,7 @@ def test_without_locks_nobody_is_kept_and_that_is_said(
         assert b"This tracker cannot read or write its data" in body
     told = [each.getMessage() for each in caplog.records]
     assert len([each for each in told if each.startswith("/announce failed")]) == 1
-    assert len(told) <= 3  # the counters and the history have files, too
+    assert len(told) <= 3  # the statistics have a file, too
     assert client.announce(2)[b"incomplete"] == 2
     assert client.get("/health")[0] == "200 OK"
 
@@ -254,11 +194,11 @@ def test_cgi_tells_the_error_log_of_a_bad_setting(tmp_path, path):
     assert len(done.stderr.splitlines()) == 1
 
 
-# -- What the system is asked for an answer: more of it shows here, without a clock
+# -- System calls: a slower way shows here, without a clock
 
 
 class Counting:
-    """A module, of which every call to the system is counted by its name."""
+    """A module whose system calls are counted by name."""
 
     def __init__(self, module, calls):
         self.module, self.calls = module, calls
@@ -276,7 +216,7 @@ class Counting:
 
 
 def calls_of(act, monkeypatch):
-    """Return how often ``act`` calls the system, by name."""
+    """Return the number of system calls that ``act`` makes, by name."""
     calls = Counter()
     with monkeypatch.context() as patch:
         patch.setattr(bitbreeze, "os", Counting(os, calls))
@@ -285,68 +225,45 @@ def calls_of(act, monkeypatch):
     return dict(calls)
 
 
-# How many peers there are, what is asked, how many pages are read at the most, and how
-# many writes are left where files are mapped. There, nothing is read; elsewhere, both
-# the swarm and the counters are always written.
-ANSWERS = {
-    "a peer who is still there": (20, {}, 1, 0),
-    "a new peer": (20, {"peer": 21}, 1, 1),
-    "a peer who goes": (20, {"event": "stopped"}, 1, 1),
-    "a peer over IPv6": (20, {"address": "2001:db8::1"}, 1, 1),
-    "a peer in a swarm of many pages": (1000, {}, 7, 0),
+# Peers in the swarm, what is announced, and how many pages may be read.
+ANNOUNCES = {
+    "a known peer": (20, {}, 1),
+    "a new peer": (20, {"peer": 21}, 1),
+    "a peer that leaves": (20, {"event": "stopped"}, 1),
+    "a known peer over IPv6": (20, {"address": "2001:db8::1"}, 1),
+    "a known peer of many pages": (1000, {}, 7),
 }
 
 
-@pytest.mark.parametrize("is_mapped", [True, False], ids=["mapped", "read"])
 @pytest.mark.parametrize(
-    ("peers", "said", "pages", "writes"), ANSWERS.values(), ids=ANSWERS
+    ("peers", "fields", "pages"), ANNOUNCES.values(), ids=ANNOUNCES
 )
-def test_what_the_system_is_asked(
-    tracker, monkeypatch, peers, said, pages, writes, is_mapped
-):
-    """One look at a swarm and one change of it; and one change of the counters."""
-    client = a_client_of(tracker, monkeypatch, peers, is_mapped)
-    found = calls_of(lambda: client.announce(**{"peer": 7, **said}), monkeypatch)
-    assert found.pop("flock") == 2  # a lock, and its end
-    if is_mapped:
-        assert found.pop("lseek") == 2
-        assert found.pop("pwrite", 0) == writes
-    else:
-        assert 1 <= found.pop("pread") <= pages
-        assert found.pop("pwrite") == 2
-    assert not found
+def test_system_calls_of_an_announce(tracker, monkeypatch, peers, fields, pages):
+    client = warm_client(tracker, monkeypatch, peers)
+    calls = calls_of(lambda: client.announce(**{"peer": 7, **fields}), monkeypatch)
+    assert calls.pop("flock") == 2  # lock and unlock
+    assert 1 <= calls.pop("pread") <= pages
+    assert calls == {"pwrite": 1}
 
 
-def test_what_the_system_is_asked_about_one_of_many_swarms(tracker, monkeypatch):
-    """No file is opened, though nothing of the swarm is remembered."""
-    monkeypatch.setattr(bitbreeze, "KNOWN_AT_MOST", 0)
-    client = a_client_of(tracker, monkeypatch, 20, is_mapped=True)
-    found = calls_of(lambda: client.announce(7), monkeypatch)
-    assert found == {"flock": 2, "lseek": 3}
+def test_system_calls_of_a_scrape(tracker, monkeypatch):
+    client = warm_client(tracker, monkeypatch, 20)
+    calls = calls_of(lambda: client.scrape(b"h" * 20), monkeypatch)
+    assert calls == {"flock": 2, "pread": 1}
 
 
-def test_what_the_system_is_asked_for_a_scrape(tracker, monkeypatch):
-    client = a_client_of(tracker, monkeypatch, 20, is_mapped=True)
-    found = calls_of(lambda: client.scrape(b"h" * 20), monkeypatch)
-    assert found == {"lseek": 2}
-
-
-def a_client_of(tracker, monkeypatch, peers, is_mapped):
-    """Return the client of a tracker that has done whatever is due once, or seldom."""
-    monkeypatch.setattr(bitbreeze, "_is_mappable", lambda _: is_mapped)
-    now = [1_900_000_000]
-    monkeypatch.setattr(bitbreeze.time, "time", lambda: now[0])
+def warm_client(tracker, monkeypatch, peers):
+    """Return the client of a tracker that has no maintenance due."""
+    monkeypatch.setattr(bitbreeze.time, "time", lambda: 1_900_000_000)
     client = tracker()
     for peer in range(1, peers + 1):
         client.announce(peer)
-    now[0] += 1  # counters are mapped from the second second on
-    for _ in range(5):
-        client.announce(7)
+    client.announce(7)
     return client
 
 
-def test_what_the_system_is_asked_in_a_second(tracker, monkeypatch):
-    """A new second costs no more than a look at the lists, and at the counters."""
+def test_system_calls_in_a_new_second(tracker, monkeypatch):
+    """A new second costs only a look at the lists."""
     client, now = tracker(), [1_900_000_000]
     monkeypatch.setattr(bitbreeze.time, "time", lambda: now[0])
     client.announce(7)

@@ -1,9 +1,10 @@
-"""Requests: what clients send, as values, or as a refusal that says what to do."""
+"""HTTP protocol: queries become values or refusals, and values become bencode."""
 
 import random
 from contextlib import suppress
 from urllib.parse import quote, urlencode
 
+import bencoder
 import pytest
 from conftest import make_settings, mutated, peer_id
 from hypothesis import given
@@ -88,17 +89,17 @@ def test_parameters(parameter, sent, field, expected):
             {"info_hash": None},
             "info_hash is missing: this URL is for BitTorrent clients",
         ),
-        ({"info_hash": b"x" * 19}, "info_hash must be 20 bytes, these are 19"),
+        ({"info_hash": b"x" * 19}, "info_hash must be 20 bytes, not 19"),
         (
             {"info_hash": b"a" * 40},
-            "info_hash must be 20 bytes, these are 40: is it hex?",
+            "info_hash must be 20 bytes, not 40: is it hex?",
         ),
         (
             {"info_hash": b"A" * 32},
-            "info_hash must be 20 bytes, these are 32: is it base32?",
+            "info_hash must be 20 bytes, not 32: is it base32?",
         ),
-        ({"peer_id": None}, "peer_id must be 20 bytes, these are 0"),
-        ({"peer_id": b"x" * 21}, "peer_id must be 20 bytes, these are 21"),
+        ({"peer_id": None}, "peer_id must be 20 bytes, not 0"),
+        ({"peer_id": b"x" * 21}, "peer_id must be 20 bytes, not 21"),
         ({"port": "68.81"}, "port must be a whole number from 0 to 65535"),
         ({"port": "65536"}, "port must be a whole number from 0 to 65535"),
         ({"port": "-1"}, "port must be a whole number from 0 to 65535"),
@@ -115,7 +116,7 @@ def test_refusals_name_the_parameter(changes, reason):
 
 def test_info_hash_twice_is_refused():
     query = urlencode({**GOOD, "event": ""}) + "&info_hash=" + quote(b"y" * 20)
-    with pytest.raises(bitbreeze.TrackerError, match="more than once"):
+    with pytest.raises(bitbreeze.TrackerError, match="twice"):
         read(environ(query))
 
 
@@ -150,13 +151,14 @@ def test_scrape_takes_many_hashes():
     assert bitbreeze.parse_scrape(environ("")) == []
 
 
+PARAMETERS = "info_hash peer_id port left event numwant key compact no_peer_id".split()
 TEXT = st.text(st.characters(max_codepoint=255), max_size=50)
 NUMBER = st.integers(-(2**70), 2**70).map(str) | st.sampled_from(
     "0 1 +5 ٣ ² 1e9 -".split()
 )
 BYTES = st.binary(max_size=40) | st.binary(min_size=20, max_size=20)
 VALUE = TEXT | NUMBER | BYTES.map(quote) | st.sampled_from(["stopped", "%", "%f", "+"])
-PARAMETER = st.tuples(st.sampled_from([*bitbreeze._LEFT_OUT, "ip", ""]) | TEXT, VALUE)
+PARAMETER = st.tuples(st.sampled_from([*PARAMETERS, "ip", ""]) | TEXT, VALUE)
 QUERY = st.lists(PARAMETER.map("=".join), max_size=8).map("&".join)
 GOOD_QUERY = urlencode(GOOD, quote_via=quote)
 ADDRESS = st.ip_addresses().map(str) | st.sampled_from(
@@ -208,3 +210,105 @@ def check_announce(announce):
     assert announce.left is None or announce.left >= 0
     assert announce.event in ("", "started", "completed", "stopped", "paused")
     assert announce.numwant >= -1
+
+
+# -- Replies
+
+SETTINGS = make_settings(interval=1000, min_interval=200, notice="")
+V4, V6 = b"\xc0\x00\x02\x01", bytes.fromhex("20010db8") + bytes(11) + b"\1"
+GLOBAL = bytes((8, 8, 8, 8))
+COUNTS = bitbreeze.Counts(3, 5, 2, 7)
+PEERS = bitbreeze.Peers(
+    b"a" * 20 + b"b" * 20, V4 + b"\x1a\xe1" + bytes(6), bytes(18) + V6 + b"\0\x50"
+)
+
+
+def announce(address=V4, **fields):
+    return bitbreeze.Announce(b"h" * 20, b"p" * 20, address, 6881, **fields)
+
+
+def reply(announce, peers=bitbreeze.NO_PEERS, settings=SETTINGS):
+    packed = bitbreeze.announce_reply(announce, COUNTS, peers, 1050, settings)
+    decoded = bencoder.bdecode(packed)
+    assert bencoder.bencode(decoded) == packed  # canonical: sorted keys, nothing behind
+    return decoded
+
+
+def test_every_key_is_there_without_peers():
+    assert reply(announce()) == {
+        b"complete": 3,
+        b"downloaded": 7,
+        b"incomplete": 5,
+        b"interval": 1050,
+        b"min interval": 200,
+        b"peers": b"",
+    }
+
+
+def test_compact_leaves_out_who_cannot_be_reached():
+    decoded = reply(announce(), PEERS)
+    assert decoded[b"peers"] == V4 + b"\x1a\xe1"
+    assert decoded[b"peers6"] == V6 + b"\0\x50"
+
+
+def test_ipv6_always_gets_peers6():
+    assert reply(announce(V6))[b"peers6"] == b""
+
+
+def test_low_ports_are_no_holes():
+    column = b"".join(V4 + port.to_bytes(2, "big") for port in (80, 0, 256, 255, 6881))
+    found = reply(announce(), bitbreeze.Peers(b"", column, b""))[b"peers"]
+    assert [int.from_bytes(found[i + 4 : i + 6], "big") for i in range(0, 24, 6)] == [
+        *(80, 256, 255, 6881)
+    ]
+
+
+def test_dictionaries():
+    first = {b"peer id": b"a" * 20, b"ip": b"192.0.2.1", b"port": 6881}
+    second = {b"peer id": b"b" * 20, b"ip": b"2001:db8::1", b"port": 80}
+    assert reply(announce(compact=False), PEERS)[b"peers"] == [first, second]
+    short = reply(announce(compact=False, no_peer_id=True), PEERS)[b"peers"]
+    assert short == [
+        {b"ip": b"192.0.2.1", b"port": 6881},
+        {b"ip": b"2001:db8::1", b"port": 80},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("address", "told"), [(V4, False), (bytes((10, 0, 0, 1)), False), (GLOBAL, True)]
+)
+def test_external_ip_only_if_global(address, told):
+    assert (reply(announce(address)).get(b"external ip") == address) is told
+
+
+def test_notice_is_a_warning():
+    settings = SETTINGS._replace(notice="Back at 8 – sorry")
+    assert (
+        reply(announce(GLOBAL), settings=settings)[b"warning message"]
+        == "Back at 8 – sorry".encode()
+    )
+
+
+def test_failure_says_when_to_come_back():
+    decoded = bencoder.bdecode(bitbreeze.failure_reply("port is wrong", SETTINGS))
+    assert decoded == {
+        b"failure reason": b"port is wrong",
+        b"interval": 1000,
+        b"min interval": 200,
+        b"retry in": 16,
+    }
+
+
+def test_scrape():
+    files = {b"h" * 20: COUNTS, b"i" * 20: bitbreeze.Counts(0, 0, 0, 0)}
+    decoded = bencoder.bdecode(bitbreeze.scrape_reply(files, SETTINGS))
+    assert decoded[b"flags"] == {b"min_request_interval": 200}
+    assert decoded[b"files"] == {
+        b"h" * 20: {
+            b"complete": 3,
+            b"downloaded": 7,
+            b"downloaders": 3,
+            b"incomplete": 5,
+        },
+        b"i" * 20: {b"complete": 0, b"downloaded": 0, b"incomplete": 0},
+    }

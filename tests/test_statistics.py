@@ -1,0 +1,458 @@
+"""Statistics: exact counts of all processes, and a sample an hour, in one file."""
+
+import ast
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import NOW, peer_id
+from servers import announce, cgi, free_port, gunicorn, poll, serving, uwsgi
+
+import app as bitbreeze
+
+NOON = NOW // 3600  # in hours since 1970
+TOTALS = bitbreeze.Totals(3, 2, 1, 7, 4)  # of which a sample has 3, 2 and 4
+
+
+@pytest.fixture
+def stats(tmp_path):
+    return bitbreeze.Stats(tmp_path / "data/stats.json")
+
+
+def flush(stats, hour=NOON, totals=lambda now: TOTALS):
+    """Flush at the start of an hour."""
+    stats.flush(hour * 3600, totals)
+
+
+def announces(path):
+    """Return how many announces are in a file, as another process sees it."""
+    return bitbreeze.Stats(path).counters()["announces"]
+
+
+def count(stats, number=1):
+    for _ in range(number):
+        stats.count("", 1000)
+
+
+# -- Counting
+
+
+def test_what_is_counted(stats):
+    for failure, nanoseconds in (
+        *(("", 1), ("", 20), ("full", 300), ("", None)),
+        *(("request", None), ("request", 0)),
+    ):
+        stats.count(failure, nanoseconds)
+    expected = {"announces": 4, "announce_nanoseconds": 321, "scrapes": 2}
+    expected |= {"failure_full": 1, "failure_request": 2}
+    assert stats.counters() == expected
+    flush(stats)
+    stats.count("full", None)
+    expected |= {"scrapes": 3, "failure_full": 2}
+    assert stats.counters() == expected  # the file and what is pending
+    assert announces(stats.path) == 4
+
+
+def test_reading_makes_no_file(stats, tmp_path):
+    assert not stats.counters() and not stats.history(NOW)
+    assert not list(tmp_path.iterdir())
+
+
+def test_counts_are_written_every_ten_seconds(tracker):
+    tracker = tracker().app.tracker
+    for second, written in ((0, 1), (5, 1), (9, 1), (10, 4), (19, 4), (-3, 6)):
+        count(tracker.stats)
+        tracker.run_maintenance(NOW + second)
+        assert announces(tracker.stats.path) == written
+
+
+def test_threads_count_exactly(stats):
+    def work(number):
+        seen = 0
+        for each in range(500):
+            count(stats)
+            if each % 50 == 0:
+                flush(stats)
+                now_seen = stats.counters()["announces"]
+                assert now_seen > seen
+                seen = now_seen
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(16)))
+    assert stats.counters()["announces"] == 8000
+    flush(stats)
+    assert announces(stats.path) == 8000
+
+
+PROGRAM = """
+import sys, app
+stats = app.Stats(sys.argv[1])
+for now in range(int(sys.argv[2])):
+    stats.count("key", 1)
+    if now % 10 == 0:
+        stats.flush(now, lambda now: app.Totals(0, 0, 0, 0, 0))
+print("done", flush=True)
+sys.stdin.readline()
+"""
+
+
+def start(path, number):
+    """Count announces in another process, one a second. It then waits for a line."""
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, path, str(number)],
+        cwd=Path(bitbreeze.__file__).parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+
+
+def test_processes_count_exactly(stats):
+    running = [start(stats.path, 100 + number) for number in range(3)]
+    for process in running:
+        assert process.stdout.readline() == b"done\n"
+    for process in running:
+        process.communicate(b"\n")
+    assert announces(stats.path) == 303
+
+
+def test_a_kill_loses_what_was_counted_since_the_last_flush(stats):
+    process = start(stats.path, 105)
+    assert process.stdout.readline() == b"done\n"
+    process.kill()
+    process.communicate()
+    assert announces(stats.path) == 101
+
+
+def test_a_forked_child_writes_its_own_counts_only(stats):
+    count(stats, 4)
+    children = []
+    for number in range(3):
+        # The parent's lock is held, as by another thread in the moment of the fork.
+        with stats._lock:
+            child = os.fork()
+        if not child:
+            count(stats, 10 * number)
+            flush(stats)
+            os._exit(stats.counters()["announces"] < 10 * number)
+        children.append(child)
+        assert os.waitpid(child, 0)[1] == 0
+        count(stats, 10)
+    flush(stats)
+    assert announces(stats.path) == 64
+
+
+def test_a_flush_does_not_wait_for_another_process(stats, caplog):
+    flush(stats)
+    count(stats, 3)
+    with open(f"{stats.path}.lock", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        stats.flush(NOW, None)
+    assert (announces(stats.path), stats.counters()["announces"]) == (0, 3)
+    stats.flush(NOW, None)
+    assert announces(stats.path) == 3 and not caplog.records
+
+
+# -- Files and disks that fail
+
+CORRUPT = {
+    "empty": "",
+    "cut short": '{"counters": {"announces": 1}, "hist',
+    "no counters": '{"history": []}',
+    "a list": "[1, 2]",
+    "a text as a number": '{"counters": {"announces": "1"}, "history": []}',
+    "a negative number": '{"counters": {"announces": -1}, "history": []}',
+    "a number of 5000 digits": '{"counters": {"a": %s}, "history": []}' % ("9" * 5000),
+    "a sample of half a seeder": '{"counters": {}, "history": [[1, 0.5, 1, 1]]}',
+    "no list of samples": '{"counters": {}, "history": [1]}',
+    "nested": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("data", CORRUPT.values(), ids=CORRUPT)
+def test_a_corrupt_file_is_kept_aside(stats, caplog, data):
+    path = Path(stats.path)
+    path.parent.mkdir()
+    path.write_text(data)
+    count(stats, 2)
+    assert (stats.counters()["announces"], stats.history(NOW)) == (2, [])
+    for _ in range(3):
+        count(stats)
+        flush(stats)
+    assert announces(path) == 5
+    assert Path(f"{path}.damaged").read_text() == data
+    assert len(caplog.records) == 1
+    assert caplog.records[0].message.endswith("stats.json.damaged")
+
+
+def full(path):
+    """Have each write to the new file meet a full disk."""
+    new = Path(f"{path}.new")
+    new.symlink_to("/dev/full")
+    return new.unlink, "No space left on device"
+
+
+def no_folder(path):
+    """Have a file in the place of the folder."""
+    path.parent.rename(path.parent.with_name("moved"))
+    path.parent.write_bytes(b"")
+
+    def mend():
+        path.parent.unlink()
+        path.parent.with_name("moved").rename(path.parent)
+
+    return mend, "File exists"
+
+
+def unreadable(path):
+    """Have a folder in the place of the file."""
+    path.rename(path.with_name("moved"))
+    path.mkdir()
+
+    def mend():
+        path.rmdir()
+        path.with_name("moved").rename(path)
+
+    return mend, "Is a directory"
+
+
+@pytest.mark.parametrize("fault", [full, no_folder, unreadable])
+def test_counts_wait_while_a_disk_fails(stats, fault):
+    count(stats)
+    flush(stats)
+    for counted in (5, 10):
+        mend, reason = fault(Path(stats.path))
+        for _ in range(4):
+            count(stats)
+            with pytest.raises(OSError, match=reason):
+                flush(stats)
+        assert stats.history(NOW) in ([[NOON, 3, 2, 4]], [])
+        mend()
+        assert stats.counters()["announces"] == counted
+        count(stats)
+        flush(stats)
+        assert announces(stats.path) == counted + 1
+
+
+def test_a_folder_that_was_removed_comes_back(stats):
+    count(stats, 7)
+    flush(stats)
+    for path in Path(stats.path).parent.iterdir():
+        path.unlink()
+    Path(stats.path).parent.rmdir()
+    count(stats, 2)
+    assert stats.counters()["announces"] == 2
+    flush(stats)
+    assert announces(stats.path) == 2
+
+
+# -- History
+
+
+def test_an_hour_has_one_sample(stats):
+    other, counted = bitbreeze.Stats(stats.path), []
+
+    def totals(now):
+        # While the swarms are counted, another process writes its counts and a sample.
+        counted.append(now)
+        count(other)
+        flush(other, now // 3600, lambda _: TOTALS)
+        assert announces(stats.path) == len(counted)
+        return TOTALS
+
+    for hour in (NOON, NOON, NOON + 1, NOON + 1, NOON + 3):
+        flush(stats, hour, totals)
+        flush(other, hour, totals)
+    assert [now // 3600 for now in counted] == [NOON, NOON + 1, NOON + 3]
+    assert stats.history((NOON + 3) * 3600) == [
+        [hour, 3, 2, 4] for hour in (NOON, NOON + 1, NOON + 3)
+    ]
+
+
+def test_a_count_of_swarms_that_fails_is_begun_again(stats):
+    def fail(now):
+        raise OSError("broken")
+
+    count(stats)
+    with pytest.raises(OSError, match="broken"):
+        flush(stats, totals=fail)
+    assert (announces(stats.path), stats.history(NOW)) == (1, [])
+    flush(stats)
+    assert stats.history(NOW) == [[NOON, 3, 2, 4]]
+
+
+def test_a_month_is_kept(stats):
+    hours = range(NOON, NOON + 800)
+    stats.merge_history([[hour, 1, 2, 3] for hour in hours[:740]], hours[739] * 3600)
+    for hour in hours[740:]:
+        flush(stats, hour)
+    now = hours[-1] * 3600
+    assert [sample[0] for sample in stats.history(now)] == list(hours[-744:])
+    assert len(json.loads(Path(stats.path).read_bytes())["history"]) == 744
+    assert Path(stats.path).stat().st_size < 30_000
+    assert len(stats.history(now + 700 * 3600)) == 44
+
+
+@pytest.mark.parametrize("wrong", [5, 9999, -5, -9999, -NOON])
+@pytest.mark.parametrize("known", [10, 744])
+def test_a_wrong_clock_costs_as_many_hours_as_it_was_wrong(stats, known, wrong):
+    before = [[NOON - hour, 1, 1, 1] for hour in range(known)]
+    assert stats.merge_history(before, NOW) == known
+    for hour in range(3):
+        flush(stats, NOON + wrong + hour)
+    after = stats.history(NOW)
+    assert len([sample for sample in after if sample in before]) >= known - 3
+    assert all(sample[0] <= NOON for sample in after)
+    hours = range(NOON + 1, NOON + 4)
+    for hour in hours:
+        flush(stats, hour)
+    assert [sample[0] for sample in stats.history(NOW + 3 * 3600)][-3:] == list(hours)
+
+
+HERE = {hour: [NOON - hour, 1, 1, 1] for hour in (0, 1, 5)}
+MERGED = {  # hours ago, and how many of these are added to HERE, and to nothing
+    "others": ((2, 9, 743), 3, 3),
+    "the same": ((0, 1, 5), 0, 3),
+    "both": ((1, 2, 3), 2, 3),
+    "twice": ((2, 2), 1, 1),
+    "too old": ((744, 745, 9999), 0, 0),
+    "of tomorrow": ((-1, -24), 0, 0),
+    "none": ((), 0, 0),
+}
+
+
+@pytest.mark.parametrize(("hours", "added", "to_none"), MERGED.values(), ids=MERGED)
+def test_histories_are_merged_by_the_hour(stats, hours, added, to_none, tmp_path):
+    given = [(NOON - hour, 2, 2, 2) for hour in hours]
+    assert stats.merge_history(HERE.values(), NOW) == 3
+    assert stats.merge_history(given, NOW) == added
+    assert stats.merge_history(given, NOW) == 0
+    found = {NOON - sample[0]: sample for sample in stats.history(NOW)}
+    assert len(found) == 3 + added
+    assert found.items() >= HERE.items()
+    empty = bitbreeze.Stats(tmp_path / "other/stats.json")
+    assert empty.merge_history(given, NOW) == to_none
+    assert [each[1:] for each in empty.history(NOW)] == [[2, 2, 2]] * to_none
+
+
+# -- In the tracker
+
+
+def test_answers_and_refusals_are_counted(tracker, monkeypatch):
+    client = tracker(max_peers=1, track="any")
+    client.announce(1)
+    client.announce(2, address="192.0.2.2")  # full
+    client.announce(1, address="not an address")
+    client.announce(1, port="x")
+    client.scrape(b"h" * 20)
+    client.scrape()  # not allowed
+    client.get("/announce", "", method="POST")
+    client.get("/")
+    monkeypatch.setattr(client.app.tracker.store, "announce", lambda *_: {}[0])
+    client.announce(1)
+    found = dict(client.app.tracker.stats.counters())
+    assert found.pop("announce_nanoseconds") > 0
+    assert found == {
+        "announces": 5, "scrapes": 2, "failure_full": 1, "failure_address": 1,
+        "failure_request": 2, "failure_internal": 1,
+    }  # fmt: skip
+
+
+def test_refusals_are_of_a_known_kind():
+    tree = ast.parse(Path(bitbreeze.__file__).read_text())
+    kinds = {
+        keyword.value.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "TrackerError"
+        for keyword in node.keywords
+    }
+    assert kinds and kinds | {"request", "internal", "store"} == set(bitbreeze.FAILURES)
+
+
+@pytest.mark.parametrize("port", [1001, "x"], ids=["answered", "refused"])
+def test_requests_take_the_sample(tracker, monkeypatch, port):
+    client = tracker(track="any")
+    monkeypatch.setattr(bitbreeze.time, "time", lambda: NOON * 3600 + 0.5)
+    client.announce(1, left=0)
+    monkeypatch.setattr(bitbreeze.time, "time", lambda: NOON * 3600 + 3600.5)
+    client.announce(1, left=0, port=port)
+    assert client.app.tracker.stats.history(NOW + 3600) == [
+        [NOON, 1, 0, 1],
+        [NOON + 1, 1, 0, 1],
+    ]
+
+
+def test_a_fault_in_maintenance_does_not_spoil_the_reply(tracker, monkeypatch, caplog):
+    client = tracker()
+    monkeypatch.setattr(client.app.tracker, "run_maintenance", lambda now: 1 / 0)
+    for _ in range(3):
+        assert client.announce(1)[b"incomplete"] == 1
+    assert b"failure reason" in client.announce(1, port="x")
+    assert client.scrape(b"h" * 20)[b"files"][b"h" * 20][b"incomplete"] == 1
+    assert caplog.text.count("maintenance failed") == 1
+
+
+def test_a_cgi_program_writes_at_once(tmp_path, settings):
+    store, now = bitbreeze.FileStore(tmp_path, settings), int(time.time())
+    for number in range(300):
+        info_hash = bytes((number % 256,)) + number.to_bytes(19, "big")
+        peer = bitbreeze.Announce(info_hash, peer_id(1), b"\x0b\0\0\1", 6881, 0)
+        store.announce(peer, 0, now)
+    stats = bitbreeze.Stats(tmp_path / "stats.json")
+    cgi(tmp_path)
+    assert stats.history(int(time.time()))[0][1:] == [300, 1, 301]
+    cgi(tmp_path)
+    assert announces(stats.path) == 2
+
+
+def test_a_process_that_ends_waits_for_the_lock(stats):
+    flush(stats)
+    with open(f"{stats.path}.lock", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = start(stats.path, 1)
+        assert process.stdout.readline() == b"done\n"
+        process.stdin.close()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+    assert process.wait(20) == 0
+    assert announces(stats.path) == 1
+
+
+SERVERS = {
+    "gunicorn sync": lambda port: gunicorn(port, 2, 1),
+    "gunicorn gthread": lambda port: gunicorn(port, 2, 4),
+    "gunicorn gevent": lambda port: [*gunicorn(port, 2, 1), "-k", "gevent"],
+    "uWSGI": uwsgi,
+}
+
+
+@pytest.mark.parametrize("host", SERVERS.values(), ids=SERVERS)
+def test_workers_write_when_they_end(tmp_path, host):
+    def serve(number, end):
+        port = free_port()
+        with serving(host(port), port, {"TRACKER_DATA": str(tmp_path)}) as server:
+            with ThreadPoolExecutor(4) as pool:
+                for peer in range(number):
+                    pool.submit(announce, server.url, b"h" * 20, peer_id(peer), 2000)
+            # uWSGI writes nothing in a worker that is still at a request.
+            poll(lambda: are_idle(server.workers()), 20, "idle workers")
+            end(server)
+            server.process.wait(20)
+        return announces(tmp_path / "stats.json")
+
+    assert serve(100, lambda server: server.process.terminate()) == 100
+    # A kill loses some of the last ten seconds.
+    known = serve(50, lambda server: server.signal(signal.SIGKILL))
+    assert 100 <= known <= 150
+    assert serve(50, lambda server: server.process.terminate()) == known + 50
+
+
+def are_idle(pids):
+    return all(psutil.Process(pid).status() == psutil.STATUS_SLEEPING for pid in pids)
