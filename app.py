@@ -3,20 +3,20 @@
 
 Clients announce the torrents that they share, and the tracker tells them about each
 other. The peers are kept in small locked files that all worker processes share, so
-there is no database and nothing to set up. An announce takes one way:
+there is no database and nothing to set up. Every announce follows this path:
 
     HTTP: environ -> parse_announce -> Tracker.announce -> announce_reply -> bytes
                                            |        ^
                         Catalogue.check <--+        +--> FileStore.announce
                         may it be tracked?               one lock, one file
 
-Parsing and replying are pure functions and ``now`` is an argument. Only the edges (WSGI
-entry point, Pages and feeds, Application and commands) use a clock or a socket. The
-sections, in reading order; the first six are a complete tracker without its storage:
+TrackerApp drives it. Parsing and replying are pure functions, and ``now`` is an
+argument. Only the edges (WSGI entry point, Pages and feeds, Doctor, Application and
+commands) ask for the time or use a socket. The sections, in reading order:
 
     Settings                  every setting and its default; where values come from
     Types                     what the sections pass to each other
-    Client addresses          whose address is believed; who gets a private address
+    Client addresses          which address is trusted; who gets private addresses
     HTTP protocol             from a raw query to an Announce, from a reply to bytes
     Tracker                   announce and scrape; no transport
     WSGI entry point          answers announces and scrapes ahead of Flask; CGI
@@ -31,8 +31,8 @@ sections, in reading order; the first six are a complete tracker without its sto
     Application and commands  create_app; python app.py and its commands
 
 Where new things go: a new event or parameter of clients in HTTP protocol, its effect in
-File store (``updated``). A new list of torrents in Catalogue. A new page in Pages and
-feeds, with its template. A new setting in Settings and in the README's table.
+File store (``is_seeder``, ``updated``). A new list of torrents in Catalogue. A new page
+in Pages and feeds, with its template. A new setting in Settings and in README's table.
 """
 
 import atexit
@@ -112,8 +112,9 @@ def load_settings(overrides=None, environ=os.environ, ini=HERE / "wsgi.ini"):
     # 1. Read the file. uWSGI reads it too, and allows the same key twice in a section.
     parser = configparser.ConfigParser(interpolation=None, strict=False)
     try:
-        parser.read(ini, encoding="utf-8")
-    except (configparser.Error, UnicodeDecodeError) as error:
+        with suppress(FileNotFoundError), open(ini, encoding="utf-8") as file:
+            parser.read_file(file)
+    except (OSError, configparser.Error, UnicodeDecodeError) as error:
         reason = str(error).partition("\n")[0]
         raise SettingsError(f"{ini} cannot be read: {reason}") from None
     in_file = dict(parser["tracker"]) if parser.has_section("tracker") else {}
@@ -150,6 +151,7 @@ def parse_setting(name, value):
     kind, is_text = type(Settings._field_defaults[name]), isinstance(value, str)
     text = value.strip() if is_text else ""
     words = text.replace(",", " ").split()
+    text.encode()  # raises UnicodeEncodeError if it was not UTF-8 in the environment
     if kind is bool:
         states = configparser.ConfigParser.BOOLEAN_STATES
         value = states.get(text.lower()) if is_text else value
@@ -279,7 +281,7 @@ class Totals(NamedTuple):
 def client_address(environ, settings):
     """Return the address of a client, 4 or 16 bytes.
 
-    A header is believed only if the settings say that a proxy in front wrote it. In
+    The tracker trusts a header only if the settings name the proxies that send it. In
     X-Forwarded-For, clients can forge everything to the left of the proxies' entries.
     Raise TrackerError if the address cannot be known.
     """
@@ -354,8 +356,8 @@ _PRIVATE = [
         *("100.64.0.0/10", "127.0.0.0/8", "::1/128", "fc00::/7", "fe80::/10"),
     )
 ]
-# How private endpoints begin: two bytes of IPv4 as a number of this machine, one byte
-# of IPv6. To look for these takes 1 µs for a reply of 50 peers, and is_private 7 µs.
+# How private endpoints begin: the first two bytes of IPv4, as a native-endian integer,
+# and one byte of IPv6. This check takes 1 µs for a reply of 50 peers, is_private 7 µs.
 _PRIVATE_STARTS4 = {
     int.from_bytes(start.to_bytes(2, "big"), sys.byteorder)
     for network in _PRIVATE
@@ -375,8 +377,8 @@ def is_private(address):
 def visible_peers(peers, address, public_ip):
     """Return Peers with the endpoints that a peer at ``address`` can use.
 
-    Only peers with a private address are told private addresses. Others are told the
-    address of the same length in ``public_ip`` instead, or none.
+    The tracker sends private addresses only to peers with private addresses. Other
+    peers get the address of the same length in ``public_ip`` instead, or none.
     """
     if is_private(address):
         return peers
@@ -410,8 +412,8 @@ def format_ip(address):
 
 
 # -- HTTP protocol --------------------------------------------------------------------
-# The only place with the names of the wire. Flask's request.args cannot be used: it
-# decodes to text, in which %FF and the byte FF are the same.
+# Only this section knows the protocol's parameter names and reply keys. It cannot use
+# Flask's request.args, which decodes to text: there %FF and the byte FF are the same.
 
 
 def parse_announce(environ, settings):
@@ -603,8 +605,9 @@ class Tracker:
     def __init__(self, settings, catalogue, store, stats):
         self.settings, self.catalogue = settings, catalogue
         self.store, self.stats = store, stats
-        self._idle = 0, 0  # no maintenance is due from the first second to the second
-        self._snapshot, self._snapshot_valid = None, (0, 0)  # likewise
+        self._idle = 0, 0  # maintenance is not due from this second to that
+        self._snapshot = None
+        self._snapshot_valid = 0, 0  # from this second to that
         self._lock = Lock()  # of the snapshot
 
     def announce(self, announce, now):
@@ -644,8 +647,8 @@ class Tracker:
     def snapshot(self, now):
         """Return a Snapshot: exact, and kept for one second per thousand swarms.
 
-        Counting opens every swarm, ten microseconds each. So it takes at most a
-        hundredth of the time.
+        Counting opens every swarm, ten microseconds each. So counting uses at most 1 %
+        of the time.
         """
         start, end = self._snapshot_valid
         if start <= now < end:
@@ -653,6 +656,7 @@ class Tracker:
         if not self._lock.acquire(blocking=self._snapshot is None):
             return self._snapshot  # another thread is counting
         try:
+            self.catalogue.refresh(now)
             by_hash, listed = self.catalogue.by_hash, {}
             sums, swarms, active = NO_COUNTS, 0, 0
             for info_hash, counts in self.store.swarms(now):
@@ -707,9 +711,9 @@ class ErrorLog:
             return
         self._logged[kind] = now
         if isinstance(fault, OSError):
-            log.error("%s failed (logged once a minute): %s", path, fault)
+            log.error("%r failed (logged once a minute): %s", path, fault)
         else:
-            log.error("%s failed (logged once a minute)", path, exc_info=fault)
+            log.error("%r failed (logged once a minute)", path, exc_info=fault)
 
 
 class TrackerApp:
@@ -783,7 +787,7 @@ def answer_cgi(application):
 # allow.txt and deny.txt beside that folder.
 
 SETTLED = 2  # seconds without a change after which a file counts as complete
-UNREAD: list = [None, None]  # the entry of a file that is still to be read
+UNREAD: list = [None, None]  # the entry of a file that no worker has read yet
 _HEX = re.compile("[0-9a-fA-F]{40}|[0-9a-fA-F]{64}")
 
 
@@ -822,8 +826,8 @@ class Catalogue:
 
         {path of a .torrent file or a list: [signature, content, *problems]}
 
-    The content is a Torrent or a list of info_hashes, with hex digits for bytes. While
-    there is no signature, a file is still to be read, or a folder cannot be read.
+    The content is a Torrent or a list of info_hashes, with hex digits for bytes. The
+    signature is null if the file was not read yet, or if it cannot be read.
 
     A .torrent file counts as soon as it parses, because bencoding shows where it ends.
     Other changes count when they are settled, because the operator may be replacing the
@@ -832,12 +836,12 @@ class Catalogue:
     """
 
     def __init__(self, folder, index, track="auto"):
-        """Track "any" torrent, those "listed", or "auto": any until one is listed."""
+        """Track torrents; "auto" tracks any torrent until a list has an entry."""
         self.folder, self.index, self.track = os.path.abspath(folder), str(index), track
         beside = os.path.dirname(self.folder)
         self.lists = [f"{beside}/allow.txt", f"{beside}/deny.txt"]
         self.version, self._mutex = 0, Lock()
-        self._checked = None  # the last second in which changes were taken in
+        self._checked = None  # the second of the last refresh
         self._entries = dict.fromkeys([self.folder, *self.lists], UNREAD)
         self._used = self._indexed = self._stamp = None  # entries of _rules; the index
         self._rules = (), (), False, True  # tracked, denied, is_open, unread
@@ -859,7 +863,6 @@ class Catalogue:
         raise TrackerError(text, kind="unregistered")
 
     def tracks(self, info_hash, now):
-        """Return whether a torrent is tracked."""
         with suppress(TrackerError):
             self.check(info_hash, now)
             return True
@@ -890,19 +893,19 @@ class Catalogue:
         text += f", but {denied} of deny.txt" if denied else ""
         return text + (f"; {unread} files are still to be read" if unread else "")
 
-    def refresh(self, now, patience=0.04):
-        """Take in changes, once a second; read new files for ``patience`` seconds."""
+    def refresh(self, now):
+        """Take in changes. Only the first call in a second does any work."""
         if not self._mutex.acquire(blocking=self._checked is None):
             return  # another thread is refreshing
         try:
             # A thread that waited may come with the second before.
             if self._checked is None or not -2 < now - self._checked <= 0:
-                self._follow(now, patience)
+                self._follow(now)
                 self._checked = now
         finally:
             self._mutex.release()
 
-    def _follow(self, now, patience):
+    def _follow(self, now):
         """Scan and write the index if that is due, or load it."""
         try:
             with open(f"{self.index}.lock", "ab") as lock:
@@ -913,7 +916,7 @@ class Catalogue:
                 last, started = os.fstat(lock.fileno()), time.monotonic()
                 is_due = not last.st_atime <= now < last.st_mtime
                 if is_new or is_due or self._indexed is None:
-                    self.scan(now, patience)
+                    self.scan(now)
                     if self._entries != self._indexed:
                         text = json.dumps(self._entries).encode()
                         with open(f"{self.index}.new", "wb") as file:
@@ -925,7 +928,7 @@ class Catalogue:
         except BlockingIOError:
             self._load()  # another worker scans
         except OSError:  # no index can be written: every worker scans
-            self.scan(now, patience)
+            self.scan(now)
         self._use()
 
     def _load(self):
@@ -946,7 +949,7 @@ class Catalogue:
         except (OSError, ValueError) as error:
             log.warning("%s will be rebuilt: %s", self.index, error)
 
-    def scan(self, now, seconds, report=log.warning):
+    def scan(self, now, seconds=0.04, report=log.warning):
         """Scan the folder and the lists; read new files for so many ``seconds``."""
         before, entries, errors = self._entries, {}, []
         paths, start = [*self.lists], len(self.folder) + 1
@@ -1283,7 +1286,7 @@ class Stats:
     def flush(self, now, totals):
         """Write what was counted, unless another process writes. Raise OSError.
 
-        The first in an hour also counts the swarms, by ``totals(now)``, for the sample.
+        The first flush in an hour also adds a sample, from ``totals(now)``.
         """
         hour = now // 3600
         mode = fcntl.LOCK_EX | fcntl.LOCK_NB
@@ -1357,10 +1360,11 @@ class Store:
     def swarms(self, now):
         """Yield (info_hash, Counts) of every swarm that has peers or snatches."""
 
-    def records(self, now):
+    def records(self, clock):
         """Yield (info_hash, snatches, peers) of every swarm, as of one moment each.
 
-        ``peers`` yields (Record, is_seeder).
+        ``peers`` yields (Record, is_seeder). ``clock`` returns the current second: the
+        caller may take long.
         """
 
     def restore(self, info_hash, snatches, peers, now):
@@ -1387,7 +1391,7 @@ class Store:
 PAGE = 4096  # bytes: one block of a file system
 SLOTS = 70  # peers that fit into a page
 CROWDED = 56  # peers in a page from which a new peer may go to its second page
-FILL = 40  # peers a page on average; at that fill no page got full up to 200,000 peers
+FILL = 40  # peers a page on average; then no page overflowed in 200,000 peers
 SPARSE = 16  # peers a page on average, below which pages are merged
 SAMPLE = 16  # pages at most in which the peers of an address are counted
 MAGIC = b"swrm\x01"  # with the version of the format
@@ -1444,15 +1448,751 @@ _HASHES = struct.Struct("<II")
 _IDENTITY = struct.Struct("<20sIB")  # peer_id, key and state: the start of a record
 _RECORD = struct.Struct("<20sIBII")  # a Record without its endpoints
 _SEEN4_AT, _SEEN6_AT = 25, 29  # where seen4 and seen6 stand in it
-# Where the three columns of a page begin.
+# Offsets of the three columns in a page.
 _RECORDS = PAGE - SLOTS * (_RECORD.size + 6 + 18)
 _ENDS4 = _RECORDS + SLOTS * _RECORD.size
 _ENDS6 = _ENDS4 + SLOTS * 6
-# One field of all slots at once.
+# Each of these formats reads one field of all 70 slots.
 _IDS = struct.Struct("20s13x" * SLOTS)
 _SEEN = struct.Struct("<" + "25xII" * SLOTS)
 _ADDRESSES4 = struct.Struct("4s2x" * SLOTS)
 _PREFIXES6 = struct.Struct("8s10x" * SLOTS)
+
+
+# Stores whose files a forked child has to open again: it shares its parent's flock.
+_STORES = WeakSet()
+os.register_at_fork(after_in_child=lambda: [each.close_files() for each in _STORES])
+
+
+class FileStore(Store):
+    """Peers in files, one for each swarm: swarms/ab/abcd..., named by its info_hash.
+
+    Locks: a swarm has two. ``Swarm.lock`` excludes the other threads of this process;
+    flock on the file excludes other processes, and other descriptors in this one. A
+    file is read and written only under both. flock on swarms.count guards the number of
+    swarms. It is taken after the lock of a swarm, never before it. Under gevent a lock
+    stops a whole worker, so nothing that waits (a sleep, a socket) may stand between
+    lock and unlock. Logging to a terminal or a file does not wait.
+
+    Memory: a process keeps only open files, each for ten seconds. So it does not matter
+    how many threads or processes serve, or for how long.
+
+    Files: pages of 4096 bytes, numbers little-endian. Each page:
+
+        offset  bytes
+             0      5  "swrm" and the version of the format, 1
+             5      3  peers, leechers among them, partial seeds among these
+             8      4  number of this page
+            12      4  seconds since 1970: no endpoint here was last seen earlier
+            16     65  page 0 only: the head of the swarm
+           106   2310  70 times peer_id 20, key 4, state 1, seen on IPv4 4, on IPv6 4
+          2416    420  70 IPv4 endpoints
+          2836   1260  70 IPv6 endpoints
+
+    The head of the swarm:
+
+            16     20  info_hash
+            36      8  salt of the hash that tells which pages a peer may be in
+            44      4  pages in use; the file may be longer
+            48     12  peers, leechers, partial seeds
+            60      8  snatches
+            68      4  when to recount at the latest, if there are several pages
+            72      4  since when the swarm has no peers, or 0
+            76      1  state: 0 quiet, 1 changing, 2 retired
+            77      4  CRC-32 of these 61 bytes
+
+    Up to 70 peers share one page with the head. Then the file grows by a page at a time
+    (linear hashing), and a peer is in one of two pages, found by a hash of its peer_id.
+    So an announce touches a handful of pages, however large the swarm.
+
+    A kill at any moment loses nothing that was acknowledged: a change is one write
+    within one page. Larger changes first set the state "changing", so that the next
+    process to open the file recounts it. A corrupt file is moved to damaged/ and
+    logged, and its swarm starts afresh. When the clock is set back, peers from the
+    future count as seen now as soon as the swarm is recounted or tidied.
+
+    Limits: the file system must have flock. A power cut may lose the last seconds,
+    because nothing waits for the disk. Seconds are good until 2106. Another format gets
+    another folder. The file swarms.count holds the number of swarms, 8 bytes.
+    """
+
+    def __init__(self, folder, settings):
+        """Keep peers below ``folder``; the first announce creates it."""
+        self.folder, self.settings = str(folder), settings
+        self._next = int(random() * 256)  # the folder to tidy
+        self.close_files()
+        _STORES.add(self)
+
+    def close_files(self):
+        """Close all swarm files. They are opened again when they are needed."""
+        self._open = {}  # Swarms by info_hash
+        self._now = None  # the second of the last visit
+
+    def announce(self, announce, wanted, now):
+        info_hash, create = announce.info_hash, announce.event != "stopped"
+        found = self._visit(info_hash, now, create, Swarm.announce, announce, wanted)
+        return found or (NO_COUNTS, NO_PEERS)
+
+    def scrape(self, info_hashes, now):
+        return {
+            info_hash: self._visit(info_hash, now, False, Swarm.counts) or NO_COUNTS
+            for info_hash in info_hashes
+        }
+
+    def swarms(self, now):
+        before, found, removed = self._count_swarms(), 0, 0
+        for info_hash, counts in self._walk(
+            range(256), lambda: now, self._count_or_remove
+        ):
+            if counts:
+                found += 1
+                yield info_hash, counts
+            else:
+                removed += 1
+        # A kill may have left a wrong number. Correct it, unless it changed meanwhile.
+        left = max(0, before - removed)
+        self._count_swarms(lambda number: found if number == left else number)
+
+    def records(self, clock):
+        for info_hash, found in self._walk(range(256), clock, Swarm.records):
+            snatches, pages = found or (0, [])
+            if snatches or any(page.peers for page in pages):
+                yield info_hash, snatches, chain.from_iterable(pages)
+
+    def restore(self, info_hash, snatches, peers, now):
+        cutoff, known = now - self.settings.peer_ttl, list(peers)
+        live = [(unexpired(record, cutoff, now), seeder) for record, seeder in known]
+        live = [(record, seeder) for record, seeder in live if record]
+        create = bool(live or snatches)
+        refused = self._visit(info_hash, now, create, Swarm.restore, snatches, live)
+        kept = len(live) - (refused or 0)
+        return kept, len(known) - len(live), len(live) - kept
+
+    def last_seen(self, info_hash, now):
+        return self._visit(info_hash, now, False, Swarm.last_seen) or 0
+
+    def tidy(self, now):
+        """Go through the next of the 256 folders."""
+        self._next = (self._next + 1) % 256
+        with suppress(OSError):  # the next announce to that swarm reports it
+            for _ in self._walk([self._next], lambda: now, self._count_or_remove):
+                pass
+
+    def probe(self):
+        os.makedirs(self.folder, 0o700, exist_ok=True)
+        with NamedTemporaryFile(prefix="probe.", dir=self.folder, buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            write_at(file.fileno(), bytes(PAGE), 0)
+
+    def _walk(self, folders, clock, work):
+        """Yield (info_hash, work(swarm)) of the swarms in some of the 256 folders.
+
+        The result is None for a swarm that was removed meanwhile.
+        """
+        for number in folders:
+            names = []
+            with suppress(FileNotFoundError):
+                names = os.listdir(f"{self.folder}/swarms/{number:02x}")
+            for name in names:
+                if re.fullmatch("[0-9a-f]{40}", name):
+                    info_hash = bytes.fromhex(name)
+                    yield info_hash, self._visit(info_hash, clock(), False, work)
+
+    def _count_or_remove(self, swarm):
+        """Return Counts; remove a swarm that can be forgotten, and return None."""
+        if not swarm.is_forgettable():
+            return swarm.counts()
+        swarm.retire()
+        return self._remove(swarm)
+
+    def _visit(self, info_hash, now, create, work, *arguments):
+        """Return ``work(swarm, *arguments)``, done while the swarm is locked.
+
+        Return None if there is no such swarm and ``create`` is false.
+        """
+        while True:
+            if now != self._now:
+                self._close_old(now)
+            swarm = self._open.get(info_hash) or self._find(info_hash, create)
+            if swarm is None:
+                return None
+            swarm.lock.acquire()
+            try:
+                fcntl.flock(swarm.fd, fcntl.LOCK_EX)
+                swarm.begin(now)
+                return work(swarm, *arguments)
+            except RetiredError:
+                self._remove(swarm)
+            except DamagedError as error:
+                self._set_aside(swarm, error)
+            except BaseException:
+                swarm.head = None  # memory may differ from the file now
+                raise
+            finally:
+                if swarm.first:
+                    swarm.first.data = b""  # an open file needs no memory for it
+                try:
+                    fcntl.flock(swarm.fd, fcntl.LOCK_UN)
+                finally:
+                    swarm.lock.release()
+
+    def _close_old(self, now):
+        """Once a second, close files that have been open for ten seconds.
+
+        So a process notices within ten seconds that the folder was moved or removed.
+        """
+        kept = list(self._open.items())
+        self._open = {
+            info_hash: swarm
+            for info_hash, swarm in kept
+            if -60 < now - swarm.opened < 10  # other threads may be behind
+        }
+        self._now = now
+
+    def _find(self, info_hash, create):
+        """Return the opened Swarm, or None if there is none and create is false.
+
+        Only a swarm that is announced stays open: walks would close all others.
+        """
+        name = info_hash.hex()
+        path = f"{self.folder}/swarms/{name[:2]}/{name}"
+        while True:
+            try:
+                with suppress(FileNotFoundError):
+                    swarm = Swarm(path, info_hash, self.settings, self._now)
+                    if create:
+                        kept = self._open  # another thread may replace it
+                        while len(kept) >= OPEN_AT_MOST:
+                            kept.popitem()
+                        kept[info_hash] = swarm
+                    return swarm
+                if not create:
+                    return None
+                self._create(path)
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._open:
+                    raise
+                self._open = {}  # closes the other files
+
+    def _create(self, path):
+        """Create the empty file of a swarm; raise TrackerError if there are too many.
+
+        If this process is killed before it writes to the file, the swarm has no peers.
+        """
+
+        def create(swarms):
+            if 0 < self.settings.max_swarms <= swarms:
+                reason = f"this tracker is full: it tracks {swarms} torrents already"
+                raise TrackerError(reason, kind="full")
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            os.close(os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o600))
+            return swarms + 1
+
+        os.makedirs(self.folder, 0o700, exist_ok=True)
+        with suppress(FileExistsError):  # another process has just created it
+            self._count_swarms(create)
+
+    def _remove(self, swarm):
+        """Remove a retired swarm, if no other process has done that."""
+        self._open.pop(swarm.info_hash, None)
+        if self._is_in_place(swarm):
+            os.unlink(swarm.path)
+            self._count_swarms(lambda number: number - 1)
+
+    def _set_aside(self, swarm, error):
+        """Move a corrupt swarm to damaged/, unless another process has done that."""
+        self._open.pop(swarm.info_hash, None)
+        if not self._is_in_place(swarm):
+            return
+        os.makedirs(f"{self.folder}/damaged", 0o700, exist_ok=True)
+        aside = f"{self.folder}/damaged/{swarm.info_hash.hex()}"
+        # Other processes may have the file open without having noticed the damage. This
+        # makes the checksum of its head wrong for them.
+        write_at(swarm.fd, bytes((RETIRED,)), _CHECKED - 1)
+        os.replace(swarm.path, aside)
+        log.error(
+            "swarm file %s was damaged: %s. It is kept as %s", swarm.path, error, aside
+        )
+        self._count_swarms(lambda number: number - 1)
+
+    def _is_in_place(self, swarm):
+        """Return True if the path of a swarm still leads to its open file."""
+        try:
+            return os.path.samestat(os.stat(swarm.path), os.fstat(swarm.fd))
+        except FileNotFoundError:
+            return False
+
+    def _count_swarms(self, change=None):
+        """Return the number of swarms; first replace it by ``change(number)``."""
+        try:
+            fd = os.open(f"{self.folder}/swarms.count", _FLAGS | os.O_CREAT, 0o600)
+        except FileNotFoundError:
+            return 0  # there is no data folder yet
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            number = int.from_bytes(os.pread(fd, 8, 0), "little")
+            changed = max(0, change(number)) if change else number
+            if changed != number:
+                write_at(fd, changed.to_bytes(8, "little"), 0)
+            return changed
+        finally:
+            os.close(fd)
+
+
+class Swarm:
+    """An open swarm file. FileStore locks it, and calls ``begin`` first."""
+
+    __slots__ = (
+        "path fd lock opened info_hash settings now due first head loaded"
+        " salt pages tally snatches recount_at emptied state"
+    ).split()
+
+    def __init__(self, path, info_hash, settings, now):
+        """Open the file at ``path``; raise FileNotFoundError if there is none."""
+        self.fd = -1
+        self.fd = os.open(path, _FLAGS)
+        self.path, self.opened, self.lock = path, now, Lock()
+        self.info_hash, self.settings = info_hash, settings
+        self.first, self.head = None, None  # page 0, and its first bytes as last read
+        self.loaded = {}  # other pages by number
+        self.due = 0  # when _maintain has something to do
+
+    def __del__(self, close=os.close):  # os may be gone when Python exits
+        # Close it only here, because another thread may still use this Swarm.
+        if self.fd >= 0:
+            close(self.fd)
+
+    def begin(self, now):
+        """Read the first page; raise DamagedError or RetiredError."""
+        self.now = now
+        data = os.pread(self.fd, PAGE, 0)
+        if data[:_HEADS] == self.head and len(data) == PAGE:
+            self.first.data = data  # the counts in memory are still right
+        else:
+            self._read_first(data)
+        if self.loaded:
+            self.loaded = {}
+        if now >= self.due:
+            self._maintain()
+
+    def _read_first(self, data):
+        """Read the head of the swarm from the first page; ``data`` is its bytes."""
+        self.head, self.due = None, 0
+        if not data:  # the file was created a moment ago
+            head = self.info_hash, os.urandom(8), 1, 0, 0, 0, 0, 0, self.now, QUIET
+            raw = _SWARM_HEAD.pack(*head)
+            data = _PAGE_HEAD.pack(MAGIC, 0, 0, 0, 0, 0) + raw + checksum(raw)
+            data = data.ljust(PAGE, b"\0")
+        self.first = Page(0, data)
+        raw, stored = data[_PAGE_HEAD.size : _CHECKED], data[_CHECKED:_HEADS]
+        if stored != checksum(raw):
+            raise DamagedError("the checksum of its head is wrong")
+        head = _SWARM_HEAD.unpack(raw)
+        info_hash, self.salt, self.pages, *self.tally = head[:6]
+        self.snatches, self.recount_at, self.emptied, self.state = head[6:]
+        if self.state == RETIRED:
+            raise RetiredError
+        if info_hash != self.info_hash or not self.pages or self.state > CHANGING:
+            raise DamagedError("its head belongs to another swarm")
+        if self.pages == 1:
+            self.tally = self.first.counted
+        elif self.state == QUIET:
+            peers, leechers, partial_seeds = self.tally
+            if not partial_seeds <= leechers <= peers <= self.pages * SLOTS:
+                raise DamagedError("its head has impossible counts")
+        self.head = data[:_HEADS]  # last: from now on begin() relies on all of this
+
+    def _maintain(self):
+        """Forget expired peers and recount if that is due; set ``due`` again."""
+        now, ttl = self.now, self.settings.peer_ttl
+        if self.first.is_outdated(now - ttl, now):
+            self._forget_expired(self.first)
+        # The second limit notices a clock that was set back.
+        is_due = not now < self.recount_at <= now + ttl // RECOUNTS
+        if (is_due and self.pages > 1) or self.state == CHANGING:
+            self._recount()
+        due = (self.first.oldest or now) + ttl + 1
+        self.due = due if self.pages == 1 else min(due, self.recount_at)
+
+    # What can be done with a swarm
+
+    def announce(self, announce, wanted):
+        """Record an announce; return (Counts, Peers), as Store.announce says."""
+        own, is_new = None, False
+        if not announce.event:
+            own = self._renew(announce)
+        if not own:
+            own, is_new = self._record(announce)
+        if announce.event == "stopped" or not wanted:
+            return self.counts(), NO_PEERS
+        seeders_too = is_new or not is_seeder(announce)
+        pick = self.first.pick if self.pages == 1 else self._pick_from_pages
+        peers = pick(wanted, seeders_too, own, not announce.compact)
+        return self.counts(), Peers(*peers)
+
+    def _renew(self, announce):
+        """Update only when a peer was last seen, if its announce says nothing else new.
+
+        Return the peer's endpoints, as Record.endpoints does, or None if ``_record``
+        must run. Most announces take this path, which needs a fifth of the time.
+        """
+        endpoint = endpoint_of(announce)
+        if len(endpoint) == 6:
+            column, width, seen_at = _ENDS4, 6, _SEEN4_AT
+        else:
+            column, width, seen_at = _ENDS6, 18, _SEEN6_AT
+        for page in self._home_pages(announce.peer_id):
+            data = page.data
+            at = data.find(endpoint, column, column + page.peers * width)
+            slot, rest = divmod(at - column, width)
+            record_at = _RECORDS + slot * _RECORD.size
+            if at < 0 or rest:  # not found, or by chance across two endpoints
+                continue
+            peer_id, key, state = _IDENTITY.unpack_from(data, record_at)
+            if (
+                peer_id == announce.peer_id
+                and key == announce.key
+                and not state & PARTIAL
+                and (slot >= page.leechers) == (announce.left == 0)
+            ):
+                seen = self.now.to_bytes(4, "little")
+                write_at(self.fd, seen, page.number * PAGE + record_at + seen_at)
+                at4, at6 = _ENDS4 + slot * 6, _ENDS6 + slot * 18
+                end4, end6 = data[at4 : at4 + 6], data[at6 : at6 + 18]
+                return (
+                    end4 if end4 != _NO_ENDPOINT4 else b"",
+                    end6 if end6 != _NO_ENDPOINT6 else b"",
+                )
+        return None
+
+    def _record(self, announce):
+        """Record any announce; return the peer's endpoints, and whether one is new.
+
+        The endpoints are as Record.endpoints returns them.
+        """
+        seeder, is_stopped = is_seeder(announce), announce.event == "stopped"
+        page, slot = self._locate(announce.peer_id)
+        # 1. Find the peer's Record, or room for it.
+        if slot >= 0:
+            old, was_leecher = page[slot], slot < page.leechers
+            # A client keeps its key when it moves (BEP 7), and its address when it
+            # restarts. If both differ, another client uses this peer_id.
+            known = old.endpoint4 if len(announce.address) == 4 else old.endpoint6
+            is_same_key = not old.key or old.key == announce.key
+            if not is_same_key and known[:-2] != announce.address:
+                reason = "peer_id is in use with another key: restart your client"
+                raise TrackerError(reason, kind="key")
+        elif is_stopped:
+            return (b"", b""), False
+        else:
+            old, was_leecher = _ABSENT, False
+            self._refuse_excess(page, announce.address)
+            page = self._page_with_room(announce.peer_id)
+        # 2. Change it. rTorrent may finish without sending "completed"; then its next
+        #    announce has left=0.
+        new = updated(old, announce, self.now)
+        if seeder and was_leecher:
+            new = new._replace(state=new.state | SNATCHED)
+        self.snatches += (new.state & ~old.state) // SNATCHED
+        # 3. Write it.
+        if slot >= 0:
+            page.remove(slot)
+        if not is_stopped:
+            page.add(new, seeder)
+        self._save(page)
+        is_new = (new.seen4 and not old.seen4) or (new.seen6 and not old.seen6)
+        return new.endpoints(), is_new or announce.event == "started"
+
+    def counts(self):
+        peers, leechers, partial_seeds = self.tally
+        return Counts(peers - leechers, leechers, partial_seeds, self.snatches)
+
+    def last_seen(self):
+        """Return when a peer of the first page that has peers last announced."""
+        for page in self._all_pages():
+            if page.peers:
+                return max(page.seen())
+        return self.emptied
+
+    def records(self):
+        """Return the snatches and copies of all pages."""
+        pages = self._all_pages()
+        return self.snatches, [Page(page.number, bytes(page.data)) for page in pages]
+
+    def restore(self, snatches, peers):
+        """Merge (Record, is_seeder) of peers; return how many the limits kept out."""
+        refused, self.snatches = 0, max(snatches, self.snatches)
+        for record, seeder in peers:
+            page, slot = self._locate(record.peer_id)
+            if slot >= 0:
+                known = page[slot], slot >= page.leechers
+                record, seeder = both = merged(*known, record, seeder)
+                if both == known:
+                    continue
+                page.remove(slot)
+            else:
+                try:
+                    for endpoint in filter(None, record.endpoints()):
+                        self._refuse_excess(page, endpoint[:-2])
+                except TrackerError:
+                    refused += 1
+                    continue
+                page = self._page_with_room(record.peer_id)
+            page.add(record, seeder)
+            self._save(page)
+        if self._head() != self.first.data[_PAGE_HEAD.size : _HEADS]:
+            self._save(self.first)
+        return refused
+
+    def is_forgettable(self):
+        """Return True if the swarm has no peers and nothing else worth keeping."""
+        kept = self.settings.swarm_ttl if self.snatches else 0
+        return not self.tally[0] and self.now >= self.emptied + kept
+
+    def retire(self):
+        """Tell other processes that have the file open not to use it any more.
+
+        If this process is killed now, the next process to find the file removes it.
+        """
+        self.state = RETIRED
+        self._write(self.first)
+        self.head = None  # for a thread that waits for the lock of this Swarm
+
+    # Limits
+
+    def _refuse_excess(self, page, address):
+        """Raise TrackerError if the swarm, or an address in it, has too many peers.
+
+        In a swarm of many pages the peers of an address are estimated from a sample of
+        pages: the salted hash spreads them evenly, and the limit is raised by three
+        standard deviations.
+        """
+        most = self.settings.max_peers
+        if most and self.tally[0] >= most:
+            raise TrackerError(f"this swarm is full: it has {most} peers", kind="full")
+        most = self.settings.max_peers_per_address
+        if not most or address[0] == 127 or address == _LOOPBACK6:
+            return
+        share = most / self.pages
+        if share > SAMPLE and page.count_from(address) < share / 3:
+            return
+        # Always the same pages. With random ones, a client that repeats its announce
+        # would soon meet a sample in which the address has few peers.
+        start = zlib.crc32(address[:8]) * self.pages >> 32
+        sampled = min(self.pages, SAMPLE)
+        pages = [self._page((start + i) % self.pages) for i in range(sampled)]
+        share *= sampled
+        allowed = share if sampled == self.pages else share + 3 * share**0.5
+        if sum(page.count_from(address) for page in pages) >= allowed:
+            reason = f"your address has {most} peers in this swarm already"
+            raise TrackerError(reason, kind="full")
+
+    # Choosing peers for a reply
+
+    def _pick_from_pages(self, wanted, *criteria):
+        """Return up to ``wanted`` peers; the criteria go to Page.pick unchanged.
+
+        They come from one random page, and from the pages behind it if that has less
+        than half of them.
+        """
+        # If few are wanted, choose a page in proportion to its peers. Otherwise the
+        # peers of a page with few of them would be handed out more often.
+        start = int(random() * self.pages)
+        if wanted < FILL and random() * SLOTS >= self._page(start).peers:
+            start = int(random() * self.pages)
+        found = self._page(start).pick(wanted, *criteria)
+        for number in range(start + 1, start + min(self.pages, 2 + wanted // SPARSE)):
+            missing = wanted - (len(found[1]) // 6 or len(found[2]) // 18)
+            if missing <= wanted // 2:
+                break
+            more = self._page(number % self.pages).pick(missing, *criteria)
+            found = tuple(map(add, found, more))
+        return found
+
+    # Which page a peer is in
+
+    def _homes(self, peer_id):
+        """Return the numbers of the one or two pages that a peer may be in.
+
+        This is linear hashing. The hash is salted, so that an attacker cannot choose
+        peer_ids that all fall into one page.
+        """
+        if self.pages == 1:
+            return (0,)
+        digest = blake2b(peer_id, salt=self.salt, digest_size=8).digest()
+        whole = 1 << (self.pages - 1).bit_length()  # the next power of two
+        first, second = _HASHES.unpack(digest)
+        first, second = first % whole, second % whole
+        # A number beyond the last page falls back to the page that will be split.
+        return (
+            first if first < self.pages else first - whole // 2,
+            second if second < self.pages else second - whole // 2,
+        )
+
+    def _home_pages(self, peer_id):
+        """Return the one or two pages that a peer may be in, read one by one."""
+        if self.pages == 1:
+            return (self.first,)
+        return map(self._page, self._homes(peer_id))
+
+    def _locate(self, peer_id):
+        """Return (page, slot) of a peer, or (one of its pages, -1)."""
+        for page in self._home_pages(peer_id):
+            slot = page.find(peer_id)
+            if slot >= 0:
+                break
+        return page, slot
+
+    def _page_with_room(self, peer_id):
+        """Return the page for a new peer; add pages as the swarm grows."""
+        while True:
+            homes = list(self._home_pages(peer_id))
+            is_crowded = homes[0].peers >= CROWDED
+            page = min(homes, key=Page.counts) if is_crowded else homes[0]
+            is_dense = self.pages > 1 and self.tally[0] >= self.pages * FILL
+            if page.peers < SLOTS and not is_dense:
+                return page
+            self._split()
+
+    def _split(self):
+        """Add a page, and move to it the peers of one other page that belong there."""
+        source = self._page(self.pages - (1 << self.pages.bit_length() - 1))
+        head = _PAGE_HEAD.pack(MAGIC, 0, 0, 0, self.pages, 0)
+        target = Page(self.pages, head.ljust(PAGE, b"\0"))
+        self.loaded[self.pages] = target
+        self.pages += 1
+        for slot in reversed(range(source.peers)):
+            if source.number not in self._homes(source[slot].peer_id):
+                seeder = slot >= source.leechers
+                target.add(source.remove(slot), seeder)
+        self._write(target)  # it does not count until the head says so
+        with self._changing():
+            self._count(target)
+            self._save(source)
+
+    def _merge(self):
+        """Remove the last page, and move its peers to their other page."""
+        self.pages -= 1
+        source, homes = self._page(self.pages), {}
+        for record, seeder in source:
+            page = min(self._home_pages(record.peer_id), key=Page.counts)
+            page.add(record, seeder)
+            homes[page.number] = page
+        source.peers = source.leechers = source.partial_seeds = 0
+        self._count(source)
+        for number in sorted(homes, reverse=True):
+            self._save(homes[number])  # page 0 last: it holds the number of pages
+
+    # Reading and writing pages
+
+    def _page(self, number):
+        """Return a page without its expired peers."""
+        if number == 0:
+            return self.first
+        page = self.loaded.get(number)
+        if page is None:
+            page = Page(number, os.pread(self.fd, PAGE, number * PAGE))
+            self.loaded[number] = page
+            if 0 < page.oldest < self.now - self.settings.peer_ttl:
+                self._forget_expired(page)
+        return page
+
+    def _all_pages(self):
+        """Yield all pages; keep only one of them in memory."""
+        for number in range(self.pages):
+            self.loaded.clear()
+            yield self._page(number)
+
+    def _forget_expired(self, page):
+        page.forget(self.now - self.settings.peer_ttl, self.now)
+        self._save(page)
+
+    def _recount(self):
+        """Go through all pages: forget, count, and merge pages that are not needed.
+
+        After a kill a peer may be in two pages. It stays in one where it belongs.
+        """
+        is_torn, met = self.state == CHANGING, set()
+        self.state = QUIET
+        with self._changing():
+            tally = 0, 0, 0
+            for page in self._all_pages():
+                if page.is_outdated(0, self.now):
+                    self._forget_expired(page)
+                for slot in reversed(range(page.peers)) if is_torn else ():
+                    peer_id = page[slot].peer_id
+                    if peer_id in met or page.number not in self._homes(peer_id):
+                        page.remove(slot)
+                    else:
+                        met.add(peer_id)
+                if page.counts() != page.counted:
+                    self._save(page)
+                tally = tuple(map(add, tally, page.counts()))
+            self.tally = tally
+            while self.pages > 1 and self.tally[0] < self.pages * SPARSE:
+                self._merge()
+            self.recount_at = self.now + self.settings.peer_ttl // RECOUNTS
+            self._write_head()
+            os.ftruncate(self.fd, self.pages * PAGE)
+        self.loaded.clear()
+
+    def _count(self, page):
+        """Add the changes of a page to the swarm's counts."""
+        changes = zip(self.tally, page.counts(), page.counted, strict=True)
+        self.tally = [max(0, total + new - old) for total, new, old in changes]
+        page.counted = page.counts()
+
+    def _save(self, page):
+        """Write a changed page, and the head if the counts change with it."""
+        self._count(page)
+        head = self.first.data[_PAGE_HEAD.size : _HEADS]
+        if page is self.first or self._head() == head:
+            self._write(page)
+        else:
+            with self._changing():
+                self._write(page)
+
+    @contextmanager
+    def _changing(self):
+        """Mark the file as changing while several pages are written.
+
+        If the process is killed meanwhile, the next process recounts the swarm.
+        """
+        if self.state == CHANGING:
+            yield
+            return
+        self.state = CHANGING
+        self._write_head()
+        yield
+        self.state = QUIET
+        self._write_head()
+
+    def _write(self, page):
+        """Write a page, and with page 0 the head.
+
+        This is one write: after a kill the file has all of it or nothing.
+        """
+        if page is self.first:
+            page.put(_PAGE_HEAD.size, self._head())
+        page.seal()
+        write_at(self.fd, page.data, page.number * PAGE)
+        if page is self.first:
+            self.head, self.due = page.data[:_HEADS], 0
+
+    def _write_head(self):
+        head = self._head()
+        self.first.put(_PAGE_HEAD.size, head)
+        write_at(self.fd, head, _PAGE_HEAD.size)
+        self.head, self.due = self.first.data[:_HEADS], 0
+
+    def _head(self):
+        """Return the head of the swarm, with its checksum."""
+        self.emptied = 0 if self.tally[0] else self.emptied or self.now
+        head = _SWARM_HEAD.pack(
+            *(self.info_hash, self.salt, self.pages, *self.tally),
+            *(self.snatches, self.recount_at, self.emptied, self.state),
+        )
+        return head + checksum(head)
 
 
 class Page:
@@ -1461,6 +2201,8 @@ class Page:
     Because of the columns, a reply is a slice: neighbouring slots are neighbouring
     endpoints. A page knows nothing of files. FileStore documents its bytes.
     """
+
+    __slots__ = "number data peers leechers partial_seeds oldest counted".split()
 
     def __init__(self, number, data):
         """Read page ``number`` from 4096 bytes; raise DamagedError if it is corrupt."""
@@ -1671,481 +2413,11 @@ def merged(old, was_seeder, new, is_seeder):
     """Return (Record, is_seeder) from what two trackers know of one peer."""
     is_newer = max(new.seen4, new.seen6) > max(old.seen4, old.seen6)
     latest, seeder = (new, is_seeder) if is_newer else (old, was_seeder)
+    state = latest.state | (old.state | new.state) & SNATCHED
     over4 = new if new.seen4 > old.seen4 else old
     over6 = new if new.seen6 > old.seen6 else old
-    record = latest._replace(
-        state=latest.state | (old.state | new.state) & SNATCHED,
-        seen4=over4.seen4,
-        seen6=over6.seen6,
-        endpoint4=over4.endpoint4,
-        endpoint6=over6.endpoint6,
-    )
-    return record, seeder
-
-
-class Swarm:
-    """An open swarm file. In a ``with`` it is locked; then call ``begin`` first."""
-
-    def __init__(self, path, info_hash, settings, now):
-        """Open the file at ``path``; raise FileNotFoundError if there is none."""
-        self.fd = -1
-        self.fd = os.open(path, _FLAGS)
-        self.path, self.opened, self.lock = path, now, Lock()
-        self.info_hash, self.settings = info_hash, settings
-        self.first, self.head = None, None  # page 0, and its first bytes as last read
-        self.loaded = {}  # other pages by number
-        self.due = 0  # when _maintain has something to do
-
-    def __del__(self):
-        # Not earlier: another thread may be using this Swarm.
-        if self.fd >= 0:
-            os.close(self.fd)
-
-    def __enter__(self):
-        self.lock.acquire()
-        try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX)
-        except BaseException:
-            self.lock.release()
-            raise
-        return self
-
-    def __exit__(self, *_):
-        try:
-            fcntl.flock(self.fd, fcntl.LOCK_UN)
-        finally:
-            self.lock.release()
-
-    def begin(self, now):
-        """Read the first page; raise DamagedError or RetiredError."""
-        self.now = now
-        data = os.pread(self.fd, PAGE, 0)
-        if data[:_HEADS] == self.head and len(data) == PAGE:
-            self.first.data = data  # everything that follows from the head is the same
-        else:
-            self._read_first(data)
-        if self.loaded:
-            self.loaded = {}
-        if now >= self.due:
-            self._maintain()
-
-    def _read_first(self, data):
-        """Read the head of the swarm from the first page; ``data`` is its bytes."""
-        self.head, self.due = None, 0
-        if not data:  # the file was created a moment ago
-            salt = os.urandom(8)
-            head = self.info_hash, salt, 1, 0, 0, 0, 0, 0, self.now, QUIET
-            raw = _SWARM_HEAD.pack(*head)
-            data = _PAGE_HEAD.pack(MAGIC, 0, 0, 0, 0, 0) + raw + checksum(raw)
-            data = data.ljust(PAGE, b"\0")
-        self.first = Page(0, data)
-        raw, stored = data[_PAGE_HEAD.size : _CHECKED], data[_CHECKED:_HEADS]
-        if stored != checksum(raw):
-            raise DamagedError("the checksum of its head is wrong")
-        head = _SWARM_HEAD.unpack(raw)
-        info_hash, self.salt, self.pages, *self.tally = head[:6]
-        self.snatches, self.recount_at, self.emptied, self.state = head[6:]
-        if self.state == RETIRED:
-            raise RetiredError
-        if info_hash != self.info_hash or not self.pages or self.state > CHANGING:
-            raise DamagedError("its head belongs to another swarm")
-        if self.pages == 1:
-            self.tally = self.first.counted
-        elif self.state == QUIET:
-            peers, leechers, partial_seeds = self.tally
-            if not partial_seeds <= leechers <= peers <= self.pages * SLOTS:
-                raise DamagedError("its head has impossible counts")
-        self.head = data[:_HEADS]  # last: from now on begin() relies on all of this
-
-    def _maintain(self):
-        """Forget expired peers and recount if that is due; set ``due`` again."""
-        now, ttl = self.now, self.settings.peer_ttl
-        if self.first.is_outdated(now - ttl, now):
-            self._forget_expired(self.first)
-        # The second limit notices a clock that was set back.
-        is_due = not now < self.recount_at <= now + ttl // RECOUNTS
-        if (is_due and self.pages > 1) or self.state == CHANGING:
-            self._recount()
-        due = (self.first.oldest or now) + ttl + 1
-        self.due = due if self.pages == 1 else min(due, self.recount_at)
-
-    # What can be done with a swarm
-
-    def announce(self, announce, wanted):
-        """Record an announce; return (Counts, Peers), as Store.announce says."""
-        own, is_new = None if announce.event else self._renew(announce), False
-        if not own:
-            own, is_new = self._record(announce)
-        if announce.event == "stopped" or not wanted:
-            return self.counts(), NO_PEERS
-        criteria = is_new or announce.left != 0, own, not announce.compact
-        pick = self.first.pick if self.pages == 1 else self._pick_from_pages
-        return self.counts(), Peers(*pick(wanted, *criteria))
-
-    def _renew(self, announce):
-        """Write down that a peer is still there, if its announce says nothing else.
-
-        Return its endpoints then, as Record.endpoints does, else None. Most announces
-        are such. To find an endpoint and to write four bytes takes a fifth of the time
-        that ``_record`` takes.
-        """
-        endpoint = endpoint_of(announce)
-        if len(endpoint) == 6:
-            column, width, seen_at = _ENDS4, 6, _SEEN4_AT
-        else:
-            column, width, seen_at = _ENDS6, 18, _SEEN6_AT
-        for page in self._home_pages(announce.peer_id):
-            data = page.data
-            at = data.find(endpoint, column, column + page.peers * width)
-            slot, rest = divmod(at - column, width)
-            record_at = _RECORDS + slot * _RECORD.size
-            if at < 0 or rest:  # not found, or by chance across two endpoints
-                continue
-            peer_id, key, state = _IDENTITY.unpack_from(data, record_at)
-            if (
-                peer_id == announce.peer_id
-                and key == announce.key
-                and not state & PARTIAL
-                and (slot >= page.leechers) == (announce.left == 0)
-            ):
-                seen = self.now.to_bytes(4, "little")
-                write_at(self.fd, seen, page.number * PAGE + record_at + seen_at)
-                at4, at6 = _ENDS4 + slot * 6, _ENDS6 + slot * 18
-                end4, end6 = data[at4 : at4 + 6], data[at6 : at6 + 18]
-                return (
-                    end4 if end4 != _NO_ENDPOINT4 else b"",
-                    end6 if end6 != _NO_ENDPOINT6 else b"",
-                )
-        return None
-
-    def _record(self, announce):
-        """Record any announce; return the peer's endpoints, and whether one is new.
-
-        The endpoints are as Record.endpoints returns them.
-        """
-        seeder, is_stopped = is_seeder(announce), announce.event == "stopped"
-        page, slot = self._locate(announce.peer_id)
-        # 1. Find the peer's Record, or room for it.
-        if slot >= 0:
-            old, was_leecher = page[slot], slot < page.leechers
-            # A client keeps its key when it moves (BEP 7), and its address when it
-            # restarts. Somebody else has another key and another address.
-            known = old.endpoint4 if len(announce.address) == 4 else old.endpoint6
-            is_same_key = not old.key or old.key == announce.key
-            if not is_same_key and known[:-2] != announce.address:
-                reason = "peer_id is in use with another key: restart your client"
-                raise TrackerError(reason, kind="key")
-        elif is_stopped:
-            return (b"", b""), False
-        else:
-            old, was_leecher = _ABSENT, False
-            self._refuse_excess(page, announce.address)
-            page = self._page_with_room(announce.peer_id)
-        # 2. Change it. rTorrent may finish without sending "completed"; then its next
-        #    announce has left=0.
-        new = updated(old, announce, self.now)
-        if seeder and was_leecher:
-            new = new._replace(state=new.state | SNATCHED)
-        self.snatches += (new.state & ~old.state) // SNATCHED
-        # 3. Write it.
-        if slot >= 0:
-            page.remove(slot)
-        if not is_stopped:
-            page.add(new, seeder)
-        self._save(page)
-        is_new = (new.seen4 and not old.seen4) or (new.seen6 and not old.seen6)
-        return new.endpoints(), is_new or announce.event == "started"
-
-    def counts(self):
-        peers, leechers, partial_seeds = self.tally
-        return Counts(peers - leechers, leechers, partial_seeds, self.snatches)
-
-    def last_seen(self):
-        """Return when a peer of the first page that has peers last announced."""
-        for page in self._all_pages():
-            if page.peers:
-                return max(page.seen())
-        return self.emptied
-
-    def records(self):
-        """Return the snatches and copies of all pages."""
-        pages = self._all_pages()
-        return self.snatches, [Page(page.number, bytes(page.data)) for page in pages]
-
-    def restore(self, snatches, peers):
-        """Merge (Record, is_seeder) of peers; return how many the limits kept out."""
-        refused, self.snatches = 0, max(snatches, self.snatches)
-        for record, seeder in peers:
-            page, slot = self._locate(record.peer_id)
-            if slot >= 0:
-                known = page[slot], slot >= page.leechers
-                record, seeder = both = merged(*known, record, seeder)
-                if both == known:
-                    continue
-                page.remove(slot)
-            else:
-                try:
-                    for endpoint in filter(None, record.endpoints()):
-                        self._refuse_excess(page, endpoint[:-2])
-                except TrackerError:
-                    refused += 1
-                    continue
-                page = self._page_with_room(record.peer_id)
-            page.add(record, seeder)
-            self._save(page)
-        if self._head() != self.first.data[_PAGE_HEAD.size : _HEADS]:
-            self._save(self.first)
-        return refused
-
-    def is_forgettable(self):
-        """Return True if the swarm has no peers and nothing else worth keeping."""
-        kept = self.settings.swarm_ttl if self.snatches else 0
-        return not self.tally[0] and self.now >= self.emptied + kept
-
-    def retire(self):
-        """Tell other processes that have the file open not to use it any more.
-
-        If this process is killed now, the next process to find the file removes it.
-        """
-        self.state = RETIRED
-        self._write(self.first)
-        self.head = None  # for a thread that waits for the lock of this Swarm
-
-    # Limits
-
-    def _refuse_excess(self, page, address):
-        """Raise TrackerError if the swarm, or an address in it, has too many peers.
-
-        In a swarm of many pages the peers of an address are estimated from a sample of
-        pages: the salted hash spreads them evenly, and the limit is raised by three
-        standard deviations.
-        """
-        most = self.settings.max_peers
-        if most and self.tally[0] >= most:
-            raise TrackerError(f"this swarm is full: it has {most} peers", kind="full")
-        most = self.settings.max_peers_per_address
-        if not most or address[0] == 127 or address == _LOOPBACK6:
-            return
-        share = most / self.pages
-        if share > SAMPLE and page.count_from(address) < share / 3:
-            return
-        # Always the same pages. With random ones, a client that repeats its announce
-        # would soon meet a sample in which the address has few peers.
-        start = zlib.crc32(address[:8]) * self.pages >> 32
-        sampled = min(self.pages, SAMPLE)
-        pages = [self._page((start + i) % self.pages) for i in range(sampled)]
-        share *= sampled
-        allowed = share if sampled == self.pages else share + 3 * share**0.5
-        if sum(page.count_from(address) for page in pages) >= allowed:
-            reason = f"your address has {most} peers in this swarm already"
-            raise TrackerError(reason, kind="full")
-
-    # Choosing peers for a reply
-
-    def _pick_from_pages(self, wanted, *criteria):
-        """Return up to ``wanted`` peers as Page.pick does, which has the criteria.
-
-        They come from one random page, and from the pages behind it if that has less
-        than half of them.
-        """
-        # Few peers come from a page in proportion to its size. Otherwise the peers of a
-        # page with few of them would be handed out more often.
-        start = int(random() * self.pages)
-        if wanted < FILL and random() * SLOTS >= self._page(start).peers:
-            start = int(random() * self.pages)
-        found = self._page(start).pick(wanted, *criteria)
-        for number in range(start + 1, start + min(self.pages, 2 + wanted // SPARSE)):
-            missing = wanted - (len(found[1]) // 6 or len(found[2]) // 18)
-            if missing <= wanted // 2:
-                break
-            more = self._page(number % self.pages).pick(missing, *criteria)
-            found = tuple(map(add, found, more))
-        return found
-
-    # Which page a peer is in
-
-    def _homes(self, peer_id):
-        """Return the numbers of the one or two pages that a peer may be in.
-
-        This is linear hashing. The hash is salted, so that an attacker cannot choose
-        peer_ids that all fall into one page.
-        """
-        if self.pages == 1:
-            return (0,)
-        digest = blake2b(peer_id, salt=self.salt, digest_size=8).digest()
-        whole = 1 << (self.pages - 1).bit_length()  # the next power of two
-        first, second = _HASHES.unpack(digest)
-        first, second = first % whole, second % whole
-        # The second half of the pages is not complete yet.
-        return (
-            first if first < self.pages else first - whole // 2,
-            second if second < self.pages else second - whole // 2,
-        )
-
-    def _home_pages(self, peer_id):
-        """Return the one or two pages that a peer may be in, read one by one."""
-        if self.pages == 1:
-            return (self.first,)
-        return map(self._page, self._homes(peer_id))
-
-    def _locate(self, peer_id):
-        """Return (page, slot) of a peer, or (one of its pages, -1)."""
-        for page in self._home_pages(peer_id):
-            slot = page.find(peer_id)
-            if slot >= 0:
-                break
-        return page, slot
-
-    def _page_with_room(self, peer_id):
-        """Return the page for a new peer; add pages as the swarm grows."""
-        while True:
-            homes = list(self._home_pages(peer_id))
-            is_crowded = homes[0].peers >= CROWDED
-            page = min(homes, key=Page.counts) if is_crowded else homes[0]
-            is_dense = self.pages > 1 and self.tally[0] >= self.pages * FILL
-            if page.peers < SLOTS and not is_dense:
-                return page
-            self._split()
-
-    def _split(self):
-        """Add a page, and move to it the peers of one other page that belong there."""
-        source = self._page(self.pages - (1 << self.pages.bit_length() - 1))
-        head = _PAGE_HEAD.pack(MAGIC, 0, 0, 0, self.pages, 0)
-        target = Page(self.pages, head.ljust(PAGE, b"\0"))
-        self.loaded[self.pages] = target
-        self.pages += 1
-        for slot in reversed(range(source.peers)):
-            if source.number not in self._homes(source[slot].peer_id):
-                seeder = slot >= source.leechers
-                target.add(source.remove(slot), seeder)
-        self._write(target)  # it does not count until the head says so
-        with self._changing():
-            self._count(target)
-            self._save(source)
-
-    def _merge(self):
-        """Remove the last page, and move its peers to their other page."""
-        self.pages -= 1
-        source, homes = self._page(self.pages), {}
-        for record, seeder in source:
-            page = min(self._home_pages(record.peer_id), key=Page.counts)
-            page.add(record, seeder)
-            homes[page.number] = page
-        source.peers = source.leechers = source.partial_seeds = 0
-        self._count(source)
-        for number in sorted(homes, reverse=True):
-            self._save(homes[number])  # page 0 last: it holds the number of pages
-
-    # Reading and writing pages
-
-    def _page(self, number):
-        """Return a page without its expired peers."""
-        if number == 0:
-            return self.first
-        page = self.loaded.get(number)
-        if page is None:
-            page = Page(number, os.pread(self.fd, PAGE, number * PAGE))
-            self.loaded[number] = page
-            if 0 < page.oldest < self.now - self.settings.peer_ttl:
-                self._forget_expired(page)
-        return page
-
-    def _all_pages(self):
-        """Yield all pages; keep only one of them in memory."""
-        for number in range(self.pages):
-            self.loaded.clear()
-            yield self._page(number)
-
-    def _forget_expired(self, page):
-        page.forget(self.now - self.settings.peer_ttl, self.now)
-        self._save(page)
-
-    def _recount(self):
-        """Go through all pages: forget, count, and merge pages that are not needed.
-
-        After a kill a peer may be in two pages. It stays in one where it belongs.
-        """
-        is_torn, met = self.state == CHANGING, set()
-        self.state = QUIET
-        with self._changing():
-            tally = 0, 0, 0
-            for page in self._all_pages():
-                if page.is_outdated(0, self.now):
-                    self._forget_expired(page)
-                for slot in reversed(range(page.peers)) if is_torn else ():
-                    peer_id = page[slot].peer_id
-                    if peer_id in met or page.number not in self._homes(peer_id):
-                        page.remove(slot)
-                    else:
-                        met.add(peer_id)
-                if page.counts() != page.counted:
-                    self._save(page)
-                tally = tuple(map(add, tally, page.counts()))
-            self.tally = tally
-            while self.pages > 1 and self.tally[0] < self.pages * SPARSE:
-                self._merge()
-            self.recount_at = self.now + self.settings.peer_ttl // RECOUNTS
-            self._write_head()
-            os.ftruncate(self.fd, self.pages * PAGE)
-        self.loaded.clear()
-
-    def _count(self, page):
-        """Add the changes of a page to the swarm's counts."""
-        changes = zip(self.tally, page.counts(), page.counted, strict=True)
-        self.tally = [max(0, total + new - old) for total, new, old in changes]
-        page.counted = page.counts()
-
-    def _save(self, page):
-        """Write a changed page, and the head if the counts change with it."""
-        self._count(page)
-        head = self.first.data[_PAGE_HEAD.size : _HEADS]
-        if page is self.first or self._head() == head:
-            self._write(page)
-        else:
-            with self._changing():
-                self._write(page)
-
-    @contextmanager
-    def _changing(self):
-        """Mark the file as changing while several pages are written.
-
-        If the process is killed meanwhile, the next process recounts the swarm.
-        """
-        if self.state == CHANGING:
-            yield
-            return
-        self.state = CHANGING
-        self._write_head()
-        yield
-        self.state = QUIET
-        self._write_head()
-
-    def _write(self, page):
-        """Write a page, and with page 0 the head.
-
-        This is one write: after a kill the file has all of it or nothing.
-        """
-        if page is self.first:
-            page.put(_PAGE_HEAD.size, self._head())
-        page.seal()
-        write_at(self.fd, page.data, page.number * PAGE)
-        if page is self.first:
-            self.head, self.due = page.data[:_HEADS], 0
-
-    def _write_head(self):
-        head = self._head()
-        self.first.put(_PAGE_HEAD.size, head)
-        write_at(self.fd, head, _PAGE_HEAD.size)
-        self.head, self.due = self.first.data[:_HEADS], 0
-
-    def _head(self):
-        """Return the head of the swarm, with its checksum."""
-        self.emptied = 0 if self.tally[0] else self.emptied or self.now
-        head = _SWARM_HEAD.pack(
-            *(self.info_hash, self.salt, self.pages, *self.tally),
-            *(self.snatches, self.recount_at, self.emptied, self.state),
-        )
-        return head + checksum(head)
+    endpoints = over4.endpoint4, over6.endpoint6
+    return Record(*latest[:2], state, over4.seen4, over6.seen6, *endpoints), seeder
 
 
 def checksum(data):
@@ -2157,279 +2429,6 @@ def write_at(fd, data, at):
     """Write bytes at an offset; raise OSError if the disk has no room for them."""
     if os.pwrite(fd, data, at) != len(data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-# Stores whose files a forked child has to open again: it shares its parent's flock.
-_STORES = WeakSet()
-os.register_at_fork(after_in_child=lambda: [each.close_files() for each in _STORES])
-
-
-class FileStore(Store):
-    """Peers in files, one for each swarm: swarms/ab/abcd..., named by its info_hash.
-
-    Locks: a swarm has two. ``Swarm.lock`` excludes the other threads of this process;
-    flock on the file excludes other processes, and other descriptors in this one. A
-    file is read and written only under both. flock on swarms.count guards the number of
-    swarms. It is taken after the lock of a swarm, never before it. Under gevent a lock
-    stops a whole worker, so nothing that waits (a sleep, a socket) may stand between
-    lock and unlock. Logging to a terminal or a file does not wait.
-
-    Memory: a process keeps only open files, each for ten seconds. So it does not matter
-    how many threads or processes serve, or for how long.
-
-    Files: pages of 4096 bytes, numbers little-endian. Each page:
-
-        offset  bytes
-             0      5  "swrm" and the version of the format, 1
-             5      3  peers, leechers among them, partial seeds among these
-             8      4  number of this page
-            12      4  seconds since 1970: no endpoint here was last seen earlier
-            16     65  page 0 only: the head of the swarm
-           106   2310  70 times peer_id 20, key 4, state 1, seen on IPv4 4, on IPv6 4
-          2416    420  70 IPv4 endpoints
-          2836   1260  70 IPv6 endpoints
-
-    The head of the swarm:
-
-            16     20  info_hash
-            36      8  salt of the hash that tells which pages a peer may be in
-            44      4  pages in use; the file may be longer
-            48     12  peers, leechers, partial seeds
-            60      8  snatches
-            68      4  when to recount at the latest, if there are several pages
-            72      4  since when the swarm has no peers, or 0
-            76      1  state: 0 quiet, 1 changing, 2 retired
-            77      4  CRC-32 of these 61 bytes
-
-    Up to 70 peers share one page with the head. Then the file grows by a page at a time
-    (linear hashing), and a peer is in one of two pages, found by a hash of its peer_id.
-    So an announce touches a handful of pages, however large the swarm.
-
-    A kill at any moment loses nothing that was acknowledged: a change is one write
-    within one page. Larger changes first set the state "changing", so that the next
-    process to open the file recounts it. A corrupt file is moved to damaged/ and
-    logged, and its swarm starts afresh. When the clock is set back, peers from the
-    future count as seen now as soon as the swarm is recounted or tidied.
-
-    Limits: the file system must have flock. A power cut may lose the last seconds,
-    because nothing waits for the disk. Seconds are good until 2106. Another format gets
-    another folder. The file swarms.count holds the number of swarms, 8 bytes.
-    """
-
-    def __init__(self, folder, settings):
-        """Keep peers below ``folder``; the first announce creates it."""
-        self.folder, self.settings = str(folder), settings
-        self._next = int(random() * 256)  # the folder to tidy
-        self.close_files()
-        _STORES.add(self)
-
-    def close_files(self):
-        """Close all swarm files. They are opened again when they are needed."""
-        self._open = {}  # Swarms by info_hash
-        self._now = None  # the second of the last visit
-
-    def announce(self, announce, wanted, now):
-        info_hash, create = announce.info_hash, announce.event != "stopped"
-        found = self._visit(info_hash, now, create, Swarm.announce, announce, wanted)
-        return found or (NO_COUNTS, NO_PEERS)
-
-    def scrape(self, info_hashes, now):
-        return {
-            info_hash: self._visit(info_hash, now, False, Swarm.counts) or NO_COUNTS
-            for info_hash in info_hashes
-        }
-
-    def swarms(self, now):
-        before, found, removed = self._count_swarms(), 0, 0
-        for info_hash, counts in self._walk(range(256), now, self._count_or_remove):
-            if counts:
-                found += 1
-                yield info_hash, counts
-            else:
-                removed += 1
-        # A kill may have left a wrong number. Correct it, unless it changed meanwhile.
-        left = max(0, before - removed)
-        self._count_swarms(lambda number: found if number == left else number)
-
-    def records(self, now):
-        for info_hash, found in self._walk(range(256), now, Swarm.records):
-            snatches, pages = found or (0, [])
-            if snatches or any(page.peers for page in pages):
-                yield info_hash, snatches, chain.from_iterable(pages)
-
-    def restore(self, info_hash, snatches, peers, now):
-        cutoff, known = now - self.settings.peer_ttl, list(peers)
-        live = [(unexpired(record, cutoff, now), seeder) for record, seeder in known]
-        live = [(record, seeder) for record, seeder in live if record]
-        create = bool(live or snatches)
-        refused = self._visit(info_hash, now, create, Swarm.restore, snatches, live)
-        kept = len(live) - (refused or 0)
-        return kept, len(known) - len(live), len(live) - kept
-
-    def last_seen(self, info_hash, now):
-        return self._visit(info_hash, now, False, Swarm.last_seen) or 0
-
-    def tidy(self, now):
-        """Go through the next of the 256 folders."""
-        self._next = (self._next + 1) % 256
-        with suppress(OSError):  # the next announce to that swarm reports it
-            for _ in self._walk([self._next], now, self._count_or_remove):
-                pass
-
-    def probe(self):
-        os.makedirs(self.folder, 0o700, exist_ok=True)
-        with NamedTemporaryFile(prefix="probe.", dir=self.folder, buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            write_at(file.fileno(), bytes(PAGE), 0)
-
-    def _walk(self, folders, now, work):
-        """Yield (info_hash, work(swarm)) of the swarms in some of the 256 folders.
-
-        The result is None for a swarm that was removed meanwhile.
-        """
-        for number in folders:
-            names = []
-            with suppress(FileNotFoundError):
-                names = os.listdir(f"{self.folder}/swarms/{number:02x}")
-            for name in names:
-                if re.fullmatch("[0-9a-f]{40}", name):
-                    info_hash = bytes.fromhex(name)
-                    yield info_hash, self._visit(info_hash, now, False, work)
-
-    def _count_or_remove(self, swarm):
-        """Return Counts; remove a swarm that can be forgotten, and return None."""
-        if not swarm.is_forgettable():
-            return swarm.counts()
-        swarm.retire()
-        return self._remove(swarm)
-
-    def _visit(self, info_hash, now, create, work, *arguments):
-        """Return ``work(swarm, *arguments)``, done while the swarm is locked.
-
-        Return None if there is no such swarm and ``create`` is false.
-        """
-        while True:
-            if now != self._now:
-                self._close_old(now)
-            swarm = self._open.get(info_hash) or self._find(info_hash, create)
-            if swarm is None:
-                return None
-            with swarm:
-                try:
-                    swarm.begin(now)
-                    return work(swarm, *arguments)
-                except RetiredError:
-                    self._remove(swarm)
-                except DamagedError as error:
-                    self._set_aside(swarm, error)
-                except BaseException:
-                    swarm.head = None  # memory may differ from the file now
-                    raise
-                finally:
-                    if swarm.first:
-                        swarm.first.data = b""  # an open file needs no memory for it
-
-    def _close_old(self, now):
-        """Once a second, close files that have been open for ten seconds.
-
-        So a process notices within ten seconds that the folder was moved or removed.
-        """
-        kept = list(self._open.items())
-        self._open = {
-            info_hash: swarm
-            for info_hash, swarm in kept
-            if 0 <= now - swarm.opened < 10
-        }
-        self._now = now
-
-    def _find(self, info_hash, create):
-        """Return the opened Swarm, or None if there is none and create is false.
-
-        Only a swarm that is announced stays open: walks would close all others.
-        """
-        name = info_hash.hex()
-        path = f"{self.folder}/swarms/{name[:2]}/{name}"
-        while True:
-            try:
-                with suppress(FileNotFoundError):
-                    swarm = Swarm(path, info_hash, self.settings, self._now)
-                    if create:
-                        kept = self._open  # another thread may replace it
-                        while len(kept) >= OPEN_AT_MOST:
-                            kept.popitem()
-                        kept[info_hash] = swarm
-                    return swarm
-                if not create:
-                    return None
-                self._create(path)
-            except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._open:
-                    raise
-                self._open = {}  # closes the other files
-
-    def _create(self, path):
-        """Create the empty file of a swarm; raise TrackerError if there are too many.
-
-        If this process is killed before it writes to the file, the swarm has no peers.
-        """
-
-        def create(swarms):
-            if 0 < self.settings.max_swarms <= swarms:
-                reason = f"this tracker is full: it tracks {swarms} torrents already"
-                raise TrackerError(reason, kind="full")
-            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-            os.close(os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o600))
-            return swarms + 1
-
-        os.makedirs(self.folder, 0o700, exist_ok=True)
-        with suppress(FileExistsError):  # another process has just created it
-            self._count_swarms(create)
-
-    def _remove(self, swarm):
-        """Remove a retired swarm, if no other process has done that."""
-        self._open.pop(swarm.info_hash, None)
-        if self._is_in_place(swarm):
-            os.unlink(swarm.path)
-            self._count_swarms(lambda number: number - 1)
-
-    def _set_aside(self, swarm, error):
-        """Move a corrupt swarm to damaged/, unless another process has done that."""
-        self._open.pop(swarm.info_hash, None)
-        if not self._is_in_place(swarm):
-            return
-        os.makedirs(f"{self.folder}/damaged", 0o700, exist_ok=True)
-        aside = f"{self.folder}/damaged/{swarm.info_hash.hex()}"
-        # Other processes may have the file open without having noticed the damage. This
-        # makes the checksum of its head wrong for them.
-        write_at(swarm.fd, bytes((RETIRED,)), _CHECKED - 1)
-        os.replace(swarm.path, aside)
-        log.error(
-            "swarm file %s was damaged: %s. It is kept as %s", swarm.path, error, aside
-        )
-        self._count_swarms(lambda number: number - 1)
-
-    def _is_in_place(self, swarm):
-        """Return True if the path of a swarm still leads to its open file."""
-        try:
-            return os.path.samestat(os.stat(swarm.path), os.fstat(swarm.fd))
-        except FileNotFoundError:
-            return False
-
-    def _count_swarms(self, change=None):
-        """Return the number of swarms; first replace it by ``change(number)``."""
-        try:
-            fd = os.open(f"{self.folder}/swarms.count", _FLAGS | os.O_CREAT, 0o600)
-        except FileNotFoundError:
-            return 0  # there is no data folder yet
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            number = int.from_bytes(os.pread(fd, 8, 0), "little")
-            changed = max(0, change(number)) if change else number
-            if changed != number:
-                write_at(fd, changed.to_bytes(8, "little"), 0)
-            return changed
-        finally:
-            os.close(fd)
 
 
 is_cgi = __name__ == "__main__" and "GATEWAY_INTERFACE" in os.environ
@@ -2942,7 +2941,6 @@ def doctor_page():
 
 @pages.app_errorhandler(HTTPException)
 def error_page(error):
-    """Show an HTTP error as a page."""
     page = render_template("base.html", heading=error.name, text=error.description)
     return page, error.code, error.get_headers()
 
@@ -3163,7 +3161,8 @@ def check_host(tracker, now):
         if existed:
             yield from _check_peers(tracker, int(now))
         else:
-            os.rmdir(folder)
+            with suppress(OSError):  # a worker may use it now
+                os.rmdir(folder)
     except OSError as error:
         fact = f"The data folder {folder} cannot be used: {error.strerror}."
         yield Finding(FAILURE, f"{fact} Make it writable, or set data elsewhere.")
@@ -3172,7 +3171,7 @@ def check_host(tracker, now):
 
 def _check_peers(tracker, now):
     """Look at the addresses of a thousand peers."""
-    swarms = (peers for _, _, peers in tracker.store.records(now))
+    swarms = (peers for _, _, peers in tracker.store.records(lambda: now))
     records = [record for record, _ in islice(chain.from_iterable(swarms), 1000)]
     addresses = [end[:-2] for each in records for end in each.endpoints() if end]
     number, distinct = len(records), len(set(addresses))
@@ -3341,15 +3340,15 @@ def _check_addresses(base):
 
 
 # -- Export and import ----------------------------------------------------------------
-# An export is lines of JSON. Neither side holds more than one of them in memory.
+# An export is lines of JSON. Export and import keep only one of them in memory.
 
 EXPORT_VERSION = 2  # stays the same if keys are added
 BATCH = 500  # peers in a line, which are merged under one lock
 MAX_LINE = 2**20  # bytes; 500 peers take 115,000
 
 
-def export_lines(store, history, now):
-    """Yield the lines of an export; ``history`` is what Stats.history returns.
+def export_lines(store, history, clock):
+    """Yield the lines of an export. ``clock`` returns seconds since 1970.
 
         {"format": "BitBreeze", "version": 2, "made": SECONDS, "history": [...]}
         {"info_hash": HEX, "snatches": 3, "peers": [PEER, ...]}
@@ -3358,10 +3357,10 @@ def export_lines(store, history, now):
     A PEER has the fields of Record, with bytes in hex, and "seeder". A line has at most
     500 peers, so a larger swarm has several lines.
     """
-    header = {"format": "BitBreeze", "version": EXPORT_VERSION, "made": now}
+    header = {"format": "BitBreeze", "version": EXPORT_VERSION, "made": int(clock())}
     yield json.dumps({**header, "history": history})
     totals = Counter(swarms=0, peers=0)
-    for info_hash, snatches, records in store.records(now):
+    for info_hash, snatches, records in store.records(lambda: int(clock())):
         swarm = {"info_hash": info_hash, "snatches": snatches}
         peers = ({**record._asdict(), "seeder": seeder} for record, seeder in records)
         while (batch := list(islice(peers, BATCH))) or "peers" not in swarm:
@@ -3611,7 +3610,7 @@ def export(path, force):
     if path != "-" and os.path.lexists(path) and not force:
         raise click.ClickException(f"{path} exists. Use --force to overwrite it.")
     history = tracker.stats.history(now)
-    lines = export_lines(tracker.store, history, now)
+    lines = export_lines(tracker.store, history, time.time)
     os.umask(0o077)  # the addresses of peers are in it
     new = f"{path}.{os.getpid()}.new" if path != "-" else path
     try:

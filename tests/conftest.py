@@ -133,7 +133,7 @@ class Client:
 
 def all_peers(store, now):
     """Yield (info_hash, Peers) of every swarm in a store that has peers."""
-    for info_hash, _, records in store.records(now):
+    for info_hash, _, records in store.records(lambda: now):
         if found := [record for record, _ in records]:
             fields = ("peer_id", "endpoint4", "endpoint6")
             columns = (b"".join(getattr(r, field) for r in found) for field in fields)

@@ -61,7 +61,7 @@ class Records:
     def __init__(self, swarms):
         self.swarms = swarms
 
-    def records(self, now):
+    def records(self, clock):
         yield from self.swarms
 
 
@@ -71,7 +71,7 @@ def read(text):
 
 
 def write(swarms, history=()):
-    lines = bitbreeze.export_lines(Records(swarms), list(history), NOW)
+    lines = bitbreeze.export_lines(Records(swarms), list(history), lambda: NOW)
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -253,7 +253,9 @@ def test_an_export_is_merged(merge):
         assert counted == {"swarms": 2, "peers": 2}
         found = dict(tracker.store.swarms(NOW))
         assert found == {b"a" * 20: (1, 1, 1, 7), b"b" * 20: (0, 0, 0, 9)}
-        records = {i: (n, list(peers)) for i, n, peers in tracker.store.records(NOW)}
+        records = {
+            i: (n, list(peers)) for i, n, peers in tracker.store.records(lambda: NOW)
+        }
         assert records.keys() == {b"a" * 20, b"b" * 20}
         assert sorted(records[b"a" * 20][1]) == sorted(PEERS)
 
@@ -292,7 +294,9 @@ def test_memory_is_bounded(tmp_path):
     try:
         with open(path, "w") as file:
             store = Records([*swarms, (HASH, 1, many)])
-            file.writelines(f"{n}\n" for n in bitbreeze.export_lines(store, [], NOW))
+            file.writelines(
+                f"{n}\n" for n in bitbreeze.export_lines(store, [], lambda: NOW)
+            )
         with open(path, "rb") as file:
             _, *found = (len(each[-1:]) for each in bitbreeze.read_export(file))
         peak = tracemalloc.get_traced_memory()[1]

@@ -264,7 +264,7 @@ def test_a_proxy_says_who_the_client_is(name, subtests):
     [
         ("1", ""),
         ("0", "sees this machine, 127.0.0.2, as 127.0.0.1."),
-        ("2", "X-Forwarded-For has 1 of 2 entries"),
+        ("2", "only 1 of 2 entries in X-Forwarded-For"),
     ],
 )
 @pytest.mark.parametrize("name", ["nginx, gunicorn", "Apache, gunicorn"])

@@ -71,6 +71,7 @@ def test_values(name, value, expected):
         ({"full_scrape": "perhaps"}, "'perhaps': it must be yes or no"),
         ({"track": "some"}, "it must be any, listed or auto"),
         ({"title": 5}, "it must be text"),
+        ({"notice": "\udcff"}, "surrogates not allowed"),
         ({"min_interval": 1700}, "min_interval must be at most 1620 seconds"),
         ({"peer_ttl": 1980}, "peer_ttl must be more than 1980 seconds"),
         ({"numwant": 200}, "numwant must be at most max_numwant, 100 peers"),
@@ -95,6 +96,12 @@ def test_bad_settings_are_refused(given, sentence):
         make_settings(**given)
     assert sentence in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path):
+    with pytest.raises(bitbreeze.SettingsError, match="cannot be read: .*directory"):
+        bitbreeze.load_settings(environ={}, ini=tmp_path)
+    assert bitbreeze.load_settings(environ={}, ini=tmp_path / "missing")
 
 
 def test_unknown_names_are_refused_everywhere(tmp_path):

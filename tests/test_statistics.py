@@ -396,7 +396,7 @@ def test_a_fault_in_maintenance_does_not_spoil_the_reply(tracker, monkeypatch, c
         assert client.announce(1)[b"incomplete"] == 1
     assert b"failure reason" in client.announce(1, port="x")
     assert client.scrape(b"h" * 20)[b"files"][b"h" * 20][b"incomplete"] == 1
-    assert caplog.text.count("maintenance failed") == 1
+    assert caplog.text.count("'maintenance' failed") == 1
 
 
 def test_a_cgi_program_writes_at_once(tmp_path, settings):

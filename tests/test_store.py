@@ -348,7 +348,7 @@ def mixed(store, number, now=NOW):
 def known(store, now=NOW + 10):
     """Return (snatches, peers) of all swarms of a store."""
     found = {}
-    for info_hash, snatches, peers in store.records(now):
+    for info_hash, snatches, peers in store.records(lambda: now):
         found[info_hash] = snatches, sorted(peers)
     return found
 
@@ -358,7 +358,7 @@ def test_restored_swarms_are_those_they_were(make_store, number):
     now, store, other = NOW + 10, make_store(), make_store("other")
     mixed(store, number)
     for _ in range(2):
-        for info_hash, snatches, peers in store.records(now):
+        for info_hash, snatches, peers in store.records(lambda: now):
             done = other.restore(info_hash, snatches, peers, now)
             assert done == (len(known(store)[info_hash][1]), 0, 0)
         assert known(other) == known(store)
@@ -372,10 +372,21 @@ def test_restored_swarms_are_those_they_were(make_store, number):
 def test_records_of_a_swarm_stay_as_they_were(swarm):
     for peer in range(100):
         swarm.announce(peer)
-    ((_, _, peers),) = swarm.store.records(NOW)
+    ((_, _, peers),) = swarm.store.records(lambda: NOW)
     for peer in range(100):
         swarm.announce(peer, NOW + 5, left=0)
     assert {(record.seen4, is_seeder) for record, is_seeder in peers} == {(NOW, False)}
+
+
+def test_a_slow_walk_keeps_peers_that_announce_meanwhile(make_store):
+    store, other, now = make_store(), make_store(), iter((NOW, NOW + TTL + 5))
+    for first in (1, 255):
+        Swarm(store, bytes([first]) * 20).announce(1)
+    walk = store.records(lambda: next(now))
+    next(walk)
+    Swarm(other, b"\xff" * 20).announce(2, NOW + TTL)
+    (_, _, peers) = next(walk)
+    assert [each.seen4 for each, _ in peers] == [NOW + TTL]
 
 
 def record(seen4=0, seen6=0, address=1, key=5, state=0):
@@ -437,7 +448,7 @@ def test_what_two_trackers_know_is_merged(make_store, here, there, merged, other
     seeders, leechers, partial, _ = swarm.counts()
     assert (seeders, leechers) == (merged[1], others + (not merged[1]))
     assert partial == merged[0].state & bitbreeze.PARTIAL
-    ((_, _, peers),) = swarm.store.records(NOW)
+    ((_, _, peers),) = swarm.store.records(lambda: NOW)
     assert [each for each in peers if each[0].peer_id == peer_id(1)] == [merged]
 
 
@@ -452,7 +463,7 @@ def test_the_larger_number_of_snatches_stays(swarm, here, there, merged):
 
 def test_nothing_is_made_of_nobody(swarm):
     assert swarm.store.restore(HASH, 0, [(record(1), SEEDER)], NOW) == (0, 1, 0)
-    assert list(swarm.store.swarms(NOW)) == list(swarm.store.records(NOW)) == []
+    assert list(swarm.store.swarms(NOW)) == list(swarm.store.records(lambda: NOW)) == []
     assert swarm.store.restore(HASH, 7, [(record(1), SEEDER)], NOW) == (0, 1, 0)
     assert known(swarm.store) == {HASH: (7, [])}
 
@@ -699,26 +710,42 @@ def test_a_forked_child_opens_its_own_files(swarm):
     assert os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.parametrize("waiter", ["process", "thread"])
 @pytest.mark.parametrize("peers", [0, 60, 300])
-def test_a_thread_that_waits_for_a_removed_swarm(tmp_path, monkeypatch, peers):
-    """The swarm goes, or grows, while another thread waits for its lock."""
+def test_a_worker_that_waits_for_a_removed_swarm(tmp_path, monkeypatch, peers, waiter):
+    """The swarm goes, or grows, while a process or a thread waits for its lock."""
     store = bitbreeze.FileStore(tmp_path, make_settings(swarm_ttl=0))
     for peer in range(peers or 1):
         Swarm(store).announce(peer)
     if not peers:
         Swarm(store).announce(0, event="stopped")
     newcomers = range(3000, 3000 + peers)
-    waits, enter = [True], bitbreeze.Swarm.__enter__
+    waits, flock = [True], bitbreeze.fcntl.flock
 
-    def wait(swarm):
+    def change(store):
         if waits:
             waits.clear()
             list(store.swarms(NOW))
             for peer in newcomers:
                 Swarm(store).announce(peer)
-        return enter(swarm)
 
-    monkeypatch.setattr(bitbreeze.Swarm, "__enter__", wait)
+    def wait_for_file(fd, operation):
+        if operation == fcntl.LOCK_EX:
+            change(bitbreeze.FileStore(tmp_path, make_settings(swarm_ttl=0)))
+        return flock(fd, operation)
+
+    class ThreadLock:
+        def __init__(self, lock):
+            self.lock, self.release = lock, lock.release
+
+        def acquire(self):
+            change(store)
+            return self.lock.acquire()
+
+    if waiter == "process":
+        monkeypatch.setattr(bitbreeze.fcntl, "flock", wait_for_file)
+    else:
+        store._open[HASH].lock = ThreadLock(store._open[HASH].lock)
     Swarm(store).announce(2000)
     assert not waits
     other = bitbreeze.FileStore(tmp_path, make_settings())
@@ -1130,7 +1157,7 @@ def test_a_restore_that_fails_at_any_call_is_done_again(make_store, kind, here):
     source = Swarm(make_store("source"))
     for peer in range(60, 160):
         source.announce(peer)
-    ((_, _, peers),) = source.store.records(NOW)
+    ((_, _, peers),) = source.store.records(lambda: NOW)
     restore = HASH, 3, list(peers), NOW
     for calls in (*range(12), 20, 50):
         swarm = Swarm(make_store(str(calls)))

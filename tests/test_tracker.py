@@ -4,8 +4,10 @@ import gc
 import os
 import random
 import tracemalloc
+from hashlib import sha1
 from heapq import heappop, heappush
 
+import bencoder
 import pytest
 from conftest import NOW, all_peers, endpoints, kept, make_settings, peer_id
 from hypothesis import given
@@ -116,6 +118,18 @@ def test_totals_are_exact_then_kept_a_while(tmp_path):
     announce(1002, left=1)
     assert tracker.totals(NOW).swarms == 1000  # kept, as there are a thousand
     assert tracker.totals(NOW + 1).swarms == 1001
+
+
+def test_the_first_snapshot_of_a_worker_has_the_listed_torrents(tmp_path):
+    folders = {name: str(tmp_path / name) for name in ("data", "torrents")}
+    info = {b"length": 5, b"name": b"a", b"piece length": 16384, b"pieces": b"p" * 20}
+    (tmp_path / "torrents").mkdir()
+    (tmp_path / "torrents/a.torrent").write_bytes(bencoder.bencode({b"info": info}))
+    info_hash = sha1(bencoder.bencode(info)).digest()
+    peer = bitbreeze.Announce(info_hash, peer_id(1), b"\x0a\0\0\1", 6881, 0)
+    bitbreeze.open_tracker(make_settings(**folders)).announce(peer, NOW)
+    fresh = bitbreeze.open_tracker(make_settings(**folders))
+    assert fresh.snapshot(NOW).listed == {info_hash: (1, 0, 0, 0)}
 
 
 @given(st.text(st.characters(max_codepoint=255), max_size=200))

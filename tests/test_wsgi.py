@@ -132,7 +132,7 @@ def test_without_locks_announces_are_refused(tracker, caplog, monkeypatch, numbe
         assert status == "503 SERVICE UNAVAILABLE"
         assert b"This tracker cannot read or write its data" in body
     told = [each.getMessage() for each in caplog.records]
-    assert len([each for each in told if each.startswith("/announce failed")]) == 1
+    assert len([each for each in told if each.startswith("'/announce' failed")]) == 1
     assert len(told) <= 3  # the statistics have a file, too
     assert client.announce(2)[b"incomplete"] == 2
     assert client.get("/health")[0] == "200 OK"
