@@ -44,6 +44,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import mmap
 import os
 import re
 import resource
@@ -52,6 +53,7 @@ import struct
 import sys
 import time
 import zlib
+from binascii import a2b_qp
 from collections import Counter
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -62,7 +64,7 @@ from pathlib import Path
 from random import random
 from threading import Lock
 from typing import NamedTuple
-from urllib.parse import quote, unquote_to_bytes
+from urllib.parse import quote
 from weakref import WeakSet
 
 import bencoder
@@ -477,7 +479,9 @@ def parse_info_hash(text):
 
 def parse_bytes(text):
     """Return the bytes of a percent-encoded value; + is a space, as in HTML forms."""
-    return unquote_to_bytes(text.replace("+", " ").encode("latin-1", "replace"))
+    raw = text.replace("+", " ").encode("latin-1", "replace")
+    # Percent-encoding is quoted-printable with another sign. That is decoded in C.
+    return a2b_qp(raw.replace(b"=", b"=3D").replace(b"%", b"=")) if b"%" in raw else raw
 
 
 def parse_port(text):
@@ -596,7 +600,6 @@ class Snapshot(NamedTuple):
 
     totals: Totals
     listed: dict  # Counts by info_hash, of the torrents in the catalogue
-    swarms: int  # with or without peers
 
 
 class Tracker:
@@ -664,7 +667,7 @@ class Tracker:
                 active += bool(counts.seeders or counts.leechers)
                 if info_hash in by_hash:
                     listed[info_hash] = counts
-            self._snapshot = Snapshot(Totals(*sums, active), listed, swarms)
+            self._snapshot = Snapshot(Totals(*sums, active), listed)
             self._snapshot_valid = now, now + swarms // 1000
             return self._snapshot
         finally:
@@ -765,6 +768,7 @@ class TrackerApp:
                 self.errors.report(fault, "maintenance", now)
 
 
+@lru_cache(maxsize=100)
 def request_kind(path):
     """Return "announce" or "scrape" for such a path, else "".
 
@@ -1334,60 +1338,6 @@ class Stats:
 
 # -- File store -----------------------------------------------------------------------
 
-
-class Store:
-    """The contract of a store, without code: which peers are in which swarm.
-
-    ``now`` is in seconds since 1970. A store forgets an endpoint of a peer peer_ttl
-    seconds after the last announce from it, and a peer with its last endpoint. Other
-    processes see at once what a store has acknowledged.
-    """
-
-    def announce(self, announce, wanted, now):
-        """Record an Announce; return the swarm's Counts and up to ``wanted`` Peers.
-
-        A peer is identified by its peer_id and counts once, with one endpoint of each
-        address family. A peer is never handed its own endpoints. A seeder is handed no
-        seeders, except for a new endpoint: aria2 with a magnet link announces left=0
-        before it has any data. Each peer adds at most one snatch.
-        Raise TrackerError if a limit is reached, or if the peer_id belongs to a peer
-        with another key and another address.
-        """
-
-    def scrape(self, info_hashes, now):
-        """Return Counts by info_hash, zeros for an unknown swarm."""
-
-    def swarms(self, now):
-        """Yield (info_hash, Counts) of every swarm that has peers or snatches."""
-
-    def records(self, clock):
-        """Yield (info_hash, snatches, peers) of every swarm, as of one moment each.
-
-        ``peers`` yields (Record, is_seeder). ``clock`` returns the current second: the
-        caller may take long.
-        """
-
-    def restore(self, info_hash, snatches, peers, now):
-        """Merge peers and snatches that ``records`` yielded, here or on another host.
-
-        If a peer is known here, the newer sighting wins for each address family and for
-        the state; SNATCHED stays. The larger number of snatches wins. So merging twice
-        is the same as merging once. Expired peers are left out, and a peer seen in the
-        future counts as seen now.
-        Return how many peers are (kept, expired, refused by max_peers or
-        max_peers_per_address); raise TrackerError if there are too many swarms.
-        """
-
-    def last_seen(self, info_hash, now):
-        """Return roughly when a peer last announced, 0 if that is unknown."""
-
-    def tidy(self, now):
-        """Do a little of the housekeeping that no request does."""
-
-    def probe(self):
-        """Raise OSError if the store cannot keep peers."""
-
-
 PAGE = 4096  # bytes: one block of a file system
 SLOTS = 70  # peers that fit into a page
 CROWDED = 56  # peers in a page from which a new peer may go to its second page
@@ -1398,12 +1348,15 @@ MAGIC = b"swrm\x01"  # with the version of the format
 RECOUNTS = 16  # of a swarm with several pages, in each peer_ttl
 QUIET, CHANGING, RETIRED = range(3)  # states of a swarm file
 PARTIAL, SNATCHED = 1, 2  # bits of a peer's state
-# Swarm files that a process keeps open: half of its file descriptors at most, because
-# connections need them too. RLIM_INFINITY is -1.
+# Swarm files that a process keeps open. With its mapping, a file takes two descriptors,
+# and connections need some too. RLIM_INFINITY is -1.
 _DESCRIPTORS = resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**31
-OPEN_AT_MOST = min(10000, max(16, _DESCRIPTORS // 2))
-
-
+OPEN_AT_MOST = min(10000, max(16, _DESCRIPTORS // 4))
+MOUNTS = "/proc/mounts"  # only Linux has it
+# File systems on which swarm files are mapped into memory, which saves an eighth of an
+# announce. A full disk does not stop a change of a mapped file there, as it would on
+# btrfs or ZFS, and all processes see the change, unlike over a network.
+MAPPABLE = "ext2", "ext3", "ext4", "xfs", "tmpfs"
 # With Linux' O_NOATIME, reading a file does not change its inode.
 _FLAGS = os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOATIME", 0)
 
@@ -1458,14 +1411,18 @@ _SEEN = struct.Struct("<" + "25xII" * SLOTS)
 _ADDRESSES4 = struct.Struct("4s2x" * SLOTS)
 _PREFIXES6 = struct.Struct("8s10x" * SLOTS)
 
-
 # Stores whose files a forked child has to open again: it shares its parent's flock.
 _STORES = WeakSet()
 os.register_at_fork(after_in_child=lambda: [each.close_files() for each in _STORES])
 
 
-class FileStore(Store):
+class FileStore:
     """Peers in files, one for each swarm: swarms/ab/abcd..., named by its info_hash.
+
+    The public methods are the contract of a store. ``now`` is in seconds since 1970. A
+    store forgets an endpoint of a peer peer_ttl seconds after the last announce from
+    it, and a peer with its last endpoint. Other processes see at once what a store has
+    acknowledged.
 
     Locks: a swarm has two. ``Swarm.lock`` excludes the other threads of this process;
     flock on the file excludes other processes, and other descriptors in this one. A
@@ -1474,8 +1431,8 @@ class FileStore(Store):
     stops a whole worker, so nothing that waits (a sleep, a socket) may stand between
     lock and unlock. Logging to a terminal or a file does not wait.
 
-    Memory: a process keeps only open files, each for ten seconds. So it does not matter
-    how many threads or processes serve, or for how long.
+    Memory: a process keeps only open files, each until about ten seconds after its last
+    announce, and maps those with a second announce into memory.
 
     Files: pages of 4096 bytes, numbers little-endian. Each page:
 
@@ -1520,6 +1477,7 @@ class FileStore(Store):
         """Keep peers below ``folder``; the first announce creates it."""
         self.folder, self.settings = str(folder), settings
         self._next = int(random() * 256)  # the folder to tidy
+        self._is_mappable = file_system(self.folder) in MAPPABLE
         self.close_files()
         _STORES.add(self)
 
@@ -1529,21 +1487,31 @@ class FileStore(Store):
         self._now = None  # the second of the last visit
 
     def announce(self, announce, wanted, now):
+        """Record an Announce; return the swarm's Counts and up to ``wanted`` Peers.
+
+        A peer is identified by its peer_id and counts once, with one endpoint of each
+        address family. A peer is never handed its own endpoints. A seeder is handed no
+        seeders, except for a new endpoint: aria2 with a magnet link announces left=0
+        before it has any data. Each peer adds at most one snatch.
+        Raise TrackerError if a limit is reached, or if the peer_id belongs to a peer
+        with another key and another address.
+        """
         info_hash, create = announce.info_hash, announce.event != "stopped"
         found = self._visit(info_hash, now, create, Swarm.announce, announce, wanted)
         return found or (NO_COUNTS, NO_PEERS)
 
     def scrape(self, info_hashes, now):
+        """Return Counts by info_hash, zeros for an unknown swarm."""
         return {
             info_hash: self._visit(info_hash, now, False, Swarm.counts) or NO_COUNTS
             for info_hash in info_hashes
         }
 
     def swarms(self, now):
+        """Yield (info_hash, Counts) of every swarm that has peers or snatches."""
         before, found, removed = self._count_swarms(), 0, 0
-        for info_hash, counts in self._walk(
-            range(256), lambda: now, self._count_or_remove
-        ):
+        walk = self._walk(range(256), lambda: now, self._count_or_remove)
+        for info_hash, counts in walk:
             if counts:
                 found += 1
                 yield info_hash, counts
@@ -1554,12 +1522,26 @@ class FileStore(Store):
         self._count_swarms(lambda number: found if number == left else number)
 
     def records(self, clock):
+        """Yield (info_hash, snatches, peers) of every swarm, as of one moment each.
+
+        ``peers`` yields (Record, is_seeder). ``clock`` returns the current second: the
+        caller may take long.
+        """
         for info_hash, found in self._walk(range(256), clock, Swarm.records):
             snatches, pages = found or (0, [])
             if snatches or any(page.peers for page in pages):
                 yield info_hash, snatches, chain.from_iterable(pages)
 
     def restore(self, info_hash, snatches, peers, now):
+        """Merge peers and snatches that ``records`` yielded, here or on another host.
+
+        If a peer is known here, the newer sighting wins for each address family and for
+        the state; SNATCHED stays. The larger number of snatches wins. So merging twice
+        is the same as merging once. Expired peers are left out, and a peer seen in the
+        future counts as seen now.
+        Return how many peers are (kept, expired, refused by max_peers or
+        max_peers_per_address); raise TrackerError if there are too many swarms.
+        """
         cutoff, known = now - self.settings.peer_ttl, list(peers)
         live = [(unexpired(record, cutoff, now), seeder) for record, seeder in known]
         live = [(record, seeder) for record, seeder in live if record]
@@ -1569,16 +1551,18 @@ class FileStore(Store):
         return kept, len(known) - len(live), len(live) - kept
 
     def last_seen(self, info_hash, now):
+        """Return roughly when a peer last announced, 0 if that is unknown."""
         return self._visit(info_hash, now, False, Swarm.last_seen) or 0
 
     def tidy(self, now):
-        """Go through the next of the 256 folders."""
+        """Do a little housekeeping: go through the next of the 256 folders."""
         self._next = (self._next + 1) % 256
         with suppress(OSError):  # the next announce to that swarm reports it
             for _ in self._walk([self._next], lambda: now, self._count_or_remove):
                 pass
 
     def probe(self):
+        """Raise OSError if the store cannot keep peers."""
         os.makedirs(self.folder, 0o700, exist_ok=True)
         with NamedTemporaryFile(prefix="probe.", dir=self.folder, buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -1613,12 +1597,16 @@ class FileStore(Store):
         while True:
             if now != self._now:
                 self._close_old(now)
-            swarm = self._open.get(info_hash) or self._find(info_hash, create)
+            swarm = self._open.get(info_hash)
+            if swarm is None or not -60 < now - swarm.opened < 10:
+                swarm = self._find(info_hash, create)
             if swarm is None:
                 return None
             swarm.lock.acquire()
             try:
                 fcntl.flock(swarm.fd, fcntl.LOCK_EX)
+                if swarm.map is None and swarm.head and self._is_mappable:
+                    swarm.map_file()  # at the second visit
                 swarm.begin(now)
                 return work(swarm, *arguments)
             except RetiredError:
@@ -1637,22 +1625,21 @@ class FileStore(Store):
                     swarm.lock.release()
 
     def _close_old(self, now):
-        """Once a second, close files that have been open for ten seconds.
-
-        So a process notices within ten seconds that the folder was moved or removed.
-        """
+        """Once a second, close files that had no announce for ten seconds."""
         kept = list(self._open.items())
         self._open = {
             info_hash: swarm
             for info_hash, swarm in kept
-            if -60 < now - swarm.opened < 10  # other threads may be behind
+            if -60 < now - swarm.opened < 20  # other threads may be behind
         }
         self._now = now
 
     def _find(self, info_hash, create):
         """Return the opened Swarm, or None if there is none and create is false.
 
-        Only a swarm that is announced stays open: walks would close all others.
+        Only a swarm that is announced stays open: walks would close all others. Ten
+        seconds after it was opened, its path must still lead to its file. So a process
+        notices within ten seconds that the folder was moved or removed.
         """
         name = info_hash.hex()
         path = f"{self.folder}/swarms/{name[:2]}/{name}"
@@ -1662,6 +1649,9 @@ class FileStore(Store):
                     swarm = Swarm(path, info_hash, self.settings, self._now)
                     if create:
                         kept = self._open  # another thread may replace it
+                        known = kept.get(info_hash)
+                        if known and os.path.sameopenfile(known.fd, swarm.fd):
+                            swarm, known.opened = known, self._now
                         while len(kept) >= OPEN_AT_MOST:
                             kept.popitem()
                         kept[info_hash] = swarm
@@ -1743,7 +1733,7 @@ class Swarm:
     """An open swarm file. FileStore locks it, and calls ``begin`` first."""
 
     __slots__ = (
-        "path fd lock opened info_hash settings now due first head loaded"
+        "path fd lock opened map info_hash settings now due first head loaded"
         " salt pages tally snatches recount_at emptied state"
     ).split()
 
@@ -1753,6 +1743,7 @@ class Swarm:
         self.fd = os.open(path, _FLAGS)
         self.path, self.opened, self.lock = path, now, Lock()
         self.info_hash, self.settings = info_hash, settings
+        self.map = None  # the file as memory
         self.first, self.head = None, None  # page 0, and its first bytes as last read
         self.loaded = {}  # other pages by number
         self.due = 0  # when _maintain has something to do
@@ -1765,15 +1756,29 @@ class Swarm:
     def begin(self, now):
         """Read the first page; raise DamagedError or RetiredError."""
         self.now = now
-        data = os.pread(self.fd, PAGE, 0)
-        if data[:_HEADS] == self.head and len(data) == PAGE:
+        # If the file was cut short, to touch its memory would kill the process.
+        if self.map and os.lseek(self.fd, 0, os.SEEK_END) != len(self.map):
+            self.map = None
+        data = self.map or os.pread(self.fd, PAGE, 0)
+        if data[:_HEADS] == self.head and len(data) >= PAGE:
             self.first.data = data  # the counts in memory are still right
         else:
-            self._read_first(data)
+            self._read_first(data[:PAGE])
         if self.loaded:
             self.loaded = {}
         if now >= self.due:
             self._maintain()
+
+    def map_file(self):
+        """Map the file into memory, if it has content and a descriptor is left."""
+        with suppress(OSError, ValueError):
+            self.map = mmap.mmap(self.fd, 0)
+
+    def _read(self, number):
+        """Return the 4096 bytes of a page, fewer at the end of the file."""
+        at = number * PAGE
+        data = self.map and self.map[at : at + PAGE]
+        return data or os.pread(self.fd, PAGE, at)  # a new page is not mapped yet
 
     def _read_first(self, data):
         """Read the head of the swarm from the first page; ``data`` is its bytes."""
@@ -1817,7 +1822,7 @@ class Swarm:
     # What can be done with a swarm
 
     def announce(self, announce, wanted):
-        """Record an announce; return (Counts, Peers), as Store.announce says."""
+        """Record an announce; return (Counts, Peers), as FileStore.announce says."""
         own, is_new = None, False
         if not announce.event:
             own = self._renew(announce)
@@ -1843,8 +1848,8 @@ class Swarm:
             column, width, seen_at = _ENDS6, 18, _SEEN6_AT
         for page in self._home_pages(announce.peer_id):
             data = page.data
-            at = data.find(endpoint, column, column + page.peers * width)
-            slot, rest = divmod(at - column, width)
+            at = data[column : column + page.peers * width].find(endpoint)
+            slot, rest = divmod(at, width)
             record_at = _RECORDS + slot * _RECORD.size
             if at < 0 or rest:  # not found, or by chance across two endpoints
                 continue
@@ -1856,7 +1861,11 @@ class Swarm:
                 and (slot >= page.leechers) == (announce.left == 0)
             ):
                 seen = self.now.to_bytes(4, "little")
-                write_at(self.fd, seen, page.number * PAGE + record_at + seen_at)
+                at = page.number * PAGE + record_at + seen_at
+                if self.map and at < len(self.map):
+                    self.map[at : at + 4] = seen
+                else:
+                    write_at(self.fd, seen, at)
                 at4, at6 = _ENDS4 + slot * 6, _ENDS6 + slot * 18
                 end4, end6 = data[at4 : at4 + 6], data[at6 : at6 + 18]
                 return (
@@ -1908,16 +1917,15 @@ class Swarm:
         return Counts(peers - leechers, leechers, partial_seeds, self.snatches)
 
     def last_seen(self):
-        """Return when a peer of the first page that has peers last announced."""
-        for page in self._all_pages():
-            if page.peers:
-                return max(page.seen())
-        return self.emptied
+        """Return when a peer in the first page last announced."""
+        return max(self.first.seen(), default=self.emptied)
 
     def records(self):
         """Return the snatches and copies of all pages."""
         pages = self._all_pages()
-        return self.snatches, [Page(page.number, bytes(page.data)) for page in pages]
+        return self.snatches, [
+            Page(page.number, bytes(page.data[:PAGE])) for page in pages
+        ]
 
     def restore(self, snatches, peers):
         """Merge (Record, is_seeder) of peers; return how many the limits kept out."""
@@ -1958,8 +1966,6 @@ class Swarm:
         self._write(self.first)
         self.head = None  # for a thread that waits for the lock of this Swarm
 
-    # Limits
-
     def _refuse_excess(self, page, address):
         """Raise TrackerError if the swarm, or an address in it, has too many peers.
 
@@ -1973,21 +1979,16 @@ class Swarm:
         most = self.settings.max_peers_per_address
         if not most or address[0] == 127 or address == _LOOPBACK6:
             return
-        share = most / self.pages
-        if share > SAMPLE and page.count_from(address) < share / 3:
-            return
         # Always the same pages. With random ones, a client that repeats its announce
         # would soon meet a sample in which the address has few peers.
         start = zlib.crc32(address[:8]) * self.pages >> 32
         sampled = min(self.pages, SAMPLE)
         pages = [self._page((start + i) % self.pages) for i in range(sampled)]
-        share *= sampled
+        share = most * sampled / self.pages
         allowed = share if sampled == self.pages else share + 3 * share**0.5
         if sum(page.count_from(address) for page in pages) >= allowed:
             reason = f"your address has {most} peers in this swarm already"
             raise TrackerError(reason, kind="full")
-
-    # Choosing peers for a reply
 
     def _pick_from_pages(self, wanted, *criteria):
         """Return up to ``wanted`` peers; the criteria go to Page.pick unchanged.
@@ -2091,7 +2092,7 @@ class Swarm:
             return self.first
         page = self.loaded.get(number)
         if page is None:
-            page = Page(number, os.pread(self.fd, PAGE, number * PAGE))
+            page = Page(number, self._read(number))
             self.loaded[number] = page
             if 0 < page.oldest < self.now - self.settings.peer_ttl:
                 self._forget_expired(page)
@@ -2134,6 +2135,7 @@ class Swarm:
             self.recount_at = self.now + self.settings.peer_ttl // RECOUNTS
             self._write_head()
             os.ftruncate(self.fd, self.pages * PAGE)
+            self.map = None  # it may be longer than the file
         self.loaded.clear()
 
     def _count(self, page):
@@ -2230,7 +2232,7 @@ class Page:
 
     def put(self, at, data):
         """Replace the bytes from ``at`` on."""
-        self.data = b"".join((self.data[:at], data, self.data[at + len(data) :]))
+        self.data = b"".join((self.data[:at], data, self.data[at + len(data) : PAGE]))
 
     def find(self, peer_id):
         """Return the slot of a peer, or -1."""
@@ -2244,7 +2246,7 @@ class Page:
 
     def __setitem__(self, slot, record):
         if not isinstance(self.data, bytearray):  # most pages are only read
-            self.data = bytearray(self.data)
+            self.data = bytearray(self.data[:PAGE])
         data, at4, at6 = self.data, _ENDS4 + slot * 6, _ENDS6 + slot * 18
         _RECORD.pack_into(data, _RECORDS + slot * _RECORD.size, *record[:5])
         data[at4 : at4 + 6], data[at6 : at6 + 18] = record[5:]
@@ -2418,6 +2420,17 @@ def merged(old, was_seeder, new, is_seeder):
     over6 = new if new.seen6 > old.seen6 else old
     endpoints = over4.endpoint4, over6.endpoint6
     return Record(*latest[:2], state, over4.seen4, over6.seen6, *endpoints), seeder
+
+
+def file_system(folder):
+    """Return the type of the file system of a folder, "" if it is unknown."""
+    path, best, kind = os.path.realpath(folder) + "/", "", ""
+    with suppress(OSError), open(MOUNTS, encoding="utf-8") as mounts:
+        for line in mounts:
+            point = line.split()[1].rstrip("/") + "/"
+            if path.startswith(point) and len(point) >= len(best):
+                best, kind = point, line.split()[2]
+    return kind
 
 
 def checksum(data):
@@ -3108,7 +3121,6 @@ def health():
 # check_request at the operator's request, and check_url asks a tracker as clients do.
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
-MOUNTS = "/proc/mounts"  # only Linux has it
 NETWORK_FILE_SYSTEMS = tuple("nfs cifs smb 9p afs fuse.sshfs ceph lustre".split())
 _FORGED = "X-Forwarded-For X-Real-IP X-Client-IP CF-Connecting-IP True-Client-IP"
 # With addresses for documentation (RFC 5737), which no client has.
@@ -3147,17 +3159,10 @@ def check_host(tracker, now):
         if free < 100 or 0 < space.f_files and files < 1000:
             fact = f"The disk of {folder} has room for {free} MB and {files} files."
             yield Finding(WARNING, f"{fact} Make room, or announces will fail.")
-        kinds = {"": ""}  # types of file systems by mount point
-        with suppress(OSError), open(MOUNTS, encoding="utf-8") as mounts:
-            kinds |= {f"{m.split()[1].rstrip('/')}/": m.split()[2] for m in mounts}
-        path = os.path.realpath(folder) + "/"
-        kind = kinds[max(filter(path.startswith, kinds))]  # of the innermost mount
+        kind = file_system(folder)
         if kind.startswith(NETWORK_FILE_SYSTEMS):
             fact = f"{folder} is on a network file system ({kind}): its locks may fail."
             yield Finding(WARNING, f"{fact} Set data to a folder on a local disk.")
-        if damaged := len(list(Path(folder, "damaged").glob("*"))):
-            fact = f"{damaged} damaged swarm files are in {folder}/damaged."
-            yield Finding(WARNING, f"{fact} See the error log, then remove them.")
         if existed:
             yield from _check_peers(tracker, int(now))
         else:
@@ -3193,11 +3198,10 @@ def _check_lists(settings, now):
     # A minute from now, files that have just been written count as complete.
     catalogue.scan(now + 60, seconds=3, report=lambda problem: None)
     unreadable = ": it cannot be read: "
-    is_known = not any(unreadable in problem for problem in catalogue.problems)
-    is_any = catalogue.is_open() or catalogue.torrents or catalogue.allowed
-    if is_known and (is_any or catalogue.unread):
+    known = catalogue.torrents or catalogue.allowed or catalogue.unread
+    if catalogue.is_open() or known:
         yield Finding(OK, f"Tracked: {catalogue.summary()}; track is {settings.track}.")
-    elif is_known:
+    else:
         fact = f"No torrent is tracked: there is no valid one in {folder}."
         yield Finding(WARNING, f"{fact} Add one, fill allow.txt, or set track to any.")
     skipped = sorted(catalogue.skipped.items())
@@ -3377,14 +3381,11 @@ def read_export(file):
     A swarm is (info_hash, snatches, [(Record, is_seeder), ...]). Raise ValueError with
     the number of a line that is wrong, or if the end is missing.
     """
-    number = 0
-    entry = {}
+    number, entry = 0, {}
     for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), 1):
         try:
             if not line.endswith(b"\n"):
                 raise ValueError("it is cut off")
-            if "end" in entry:
-                raise ValueError("it is behind the end")
             if number == 1 and b'"version": 1,' in line:
                 raise ValueError("an older BitBreeze wrote it. See Upgrading in README")
             entry = json.loads(line)

@@ -160,12 +160,6 @@ def private_address(client, _):
     client.announce(1, address="192.168.1.2")
 
 
-def damage(client, patch):
-    folder = f"{client.app.tracker.store.folder}/damaged"
-    os.makedirs(folder)
-    open(f"{folder}/x", "w").close()
-
-
 def no_locks(_, patch):
     patch.setattr(bitbreeze.fcntl, "flock", lambda *_: None)
 
@@ -193,7 +187,6 @@ def network(client, patch):
     [
         (one_address, WARNING, "All 5 peers looked at come from 192.0.2.1."),
         (private_address, WARNING, "1 peers have private addresses"),
-        (damage, WARNING, "1 damaged swarm files are in"),
         (no_locks, FAILURE, "do not exclude other workers"),
         (no_space, WARNING, "has room for 0 MB and 10 files"),
         (network, WARNING, "is on a network file system (nfs4)"),

@@ -179,7 +179,7 @@ DAMAGED = {
     "cut short": (EXPORT[:SECOND], "it is cut off after line 2"),
     "cut in a line": (EXPORT[: SECOND + 9], "line 3 is wrong: it is cut off"),
     "cut at the end": (EXPORT[:-3], "line 4 is wrong: it is cut off"),
-    "twice": (EXPORT * 2, "line 5 is wrong: it is behind the end"),
+    "twice": (EXPORT * 2, "line 5 is wrong: it has no 'peers'"),
     "not UTF-8": (EXPORT.encode().replace(b"seeder", b"\xff"), "line 2 is wrong: 'utf"),
     "no comma": (changed('"key": 5,', '"key": 5'), "line 2 is wrong: Expecting ','"),
     "not hex": (changed("2d42", "2d4g"), "line 2 is wrong: non-hexadecimal number"),

@@ -678,7 +678,7 @@ def test_a_miscounted_partial_seed_is_damage(swarm):
     assert swarm.announce(2)[0] == (0, 1, 0, 0)
 
 
-def test_files_stay_open_for_ten_seconds_and_so_many(make_store, monkeypatch):
+def test_files_stay_open_while_they_are_announced_and_so_many(make_store, monkeypatch):
     monkeypatch.setattr(bitbreeze, "OPEN_AT_MOST", 6)
     store = make_store()
     for number in range(20):
@@ -687,6 +687,9 @@ def test_files_stay_open_for_ten_seconds_and_so_many(make_store, monkeypatch):
     Swarm(store).announce(1, NOW + 9)
     assert len(store._open) == 6
     Swarm(store).announce(1, NOW + 10)
+    Swarm(store).announce(1, NOW + 19)
+    assert HASH in store._open
+    Swarm(store).announce(1, NOW + 20)
     assert list(store._open) == [HASH]
 
 

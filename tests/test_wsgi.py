@@ -239,21 +239,35 @@ ANNOUNCES = {
     ("peers", "fields", "pages"), ANNOUNCES.values(), ids=ANNOUNCES
 )
 def test_system_calls_of_an_announce(tracker, monkeypatch, peers, fields, pages):
-    client = warm_client(tracker, monkeypatch, peers)
+    client = warm_client(tracker, monkeypatch, peers, "btrfs")
     calls = calls_of(lambda: client.announce(**{"peer": 7, **fields}), monkeypatch)
     assert calls.pop("flock") == 2  # lock and unlock
     assert 1 <= calls.pop("pread") <= pages
     assert calls == {"pwrite": 1}
 
 
+@pytest.mark.parametrize(
+    ("peers", "fields"), [each[:2] for each in ANNOUNCES.values()], ids=ANNOUNCES
+)
+def test_system_calls_of_an_announce_in_a_mapped_file(
+    tracker, monkeypatch, peers, fields
+):
+    client = warm_client(tracker, monkeypatch, peers, "ext4")
+    calls = calls_of(lambda: client.announce(**{"peer": 7, **fields}), monkeypatch)
+    # One looks at the size: to read beyond the end of the file would kill the process.
+    expected = {"flock": 2, "lseek": 1}
+    assert calls == (expected | {"pwrite": 1} if fields else expected)
+
+
 def test_system_calls_of_a_scrape(tracker, monkeypatch):
-    client = warm_client(tracker, monkeypatch, 20)
+    client = warm_client(tracker, monkeypatch, 20, "btrfs")
     calls = calls_of(lambda: client.scrape(b"h" * 20), monkeypatch)
     assert calls == {"flock": 2, "pread": 1}
 
 
-def warm_client(tracker, monkeypatch, peers):
-    """Return the client of a tracker that has no maintenance due."""
+def warm_client(tracker, monkeypatch, peers, disk):
+    """Return the client of a tracker on a file system, with no maintenance due."""
+    monkeypatch.setattr(bitbreeze, "file_system", lambda folder: disk)
     monkeypatch.setattr(bitbreeze.time, "time", lambda: 1_900_000_000)
     client = tracker()
     for peer in range(1, peers + 1):
