@@ -8,7 +8,7 @@ there is no database and nothing to set up. Every announce follows this path:
     HTTP: environ -> parse_announce -> Tracker.announce -> announce_reply -> bytes
                                            |        ^
                         Catalogue.check <--+        +--> FileStore.announce
-                        may it be tracked?               one lock, one file
+                        may it be tracked?               one lock, one file: Swarm, Page
 
 TrackerApp drives it. Parsing and replying are pure functions, and ``now`` is an
 argument. Only the edges (WSGI entry point, Pages and feeds, Doctor, Application and
@@ -31,8 +31,9 @@ commands) ask for the time or use a socket. The sections, in reading order:
     Application and commands  create_app; python app.py and its commands
 
 Where new things go: a new event or parameter of clients in HTTP protocol, its effect in
-File store (``is_seeder``, ``updated``). A new list of torrents in Catalogue. A new page
-in Pages and feeds, with its template. A new setting in Settings and in README's table.
+File store (``is_seeder``, ``updated``). A new list of torrents in Catalogue (``lists``,
+``parse_hashes``, ``_use``). A new page in Pages and feeds, with its template. A new
+setting in Settings and in README's table.
 """
 
 import atexit
@@ -595,13 +596,6 @@ def is_global(address):
 # -- Tracker --------------------------------------------------------------------------
 
 
-class Snapshot(NamedTuple):
-    """The result of counting all swarms."""
-
-    totals: Totals
-    listed: dict  # Counts by info_hash, of the torrents in the catalogue
-
-
 class Tracker:
     """Announce and scrape. It knows nothing of HTTP or sockets."""
 
@@ -645,13 +639,13 @@ class Tracker:
         }
 
     def totals(self, now):
-        return self.snapshot(now).totals
+        return self.snapshot(now)[0]
 
     def snapshot(self, now):
-        """Return a Snapshot: exact, and kept for one second per thousand swarms.
+        """Return Totals, and Counts of the listed torrents by info_hash.
 
-        Counting opens every swarm, ten microseconds each. So counting uses at most 1 %
-        of the time.
+        They are exact, and kept for one second per thousand swarms. Counting opens
+        every swarm, ten microseconds each. So it uses at most 1 % of the time.
         """
         start, end = self._snapshot_valid
         if start <= now < end:
@@ -667,7 +661,7 @@ class Tracker:
                 active += bool(counts.seeders or counts.leechers)
                 if info_hash in by_hash:
                     listed[info_hash] = counts
-            self._snapshot = Snapshot(Totals(*sums, active), listed)
+            self._snapshot = Totals(*sums, active), listed
             self._snapshot_valid = now, now + swarms // 1000
             return self._snapshot
         finally:
@@ -1382,10 +1376,7 @@ class Record(NamedTuple):
 
     def endpoints(self):
         """Return (IPv4 endpoint, IPv6 endpoint), b"" for a family without one."""
-        return (
-            self.endpoint4 if self.endpoint4 != _NO_ENDPOINT4 else b"",
-            self.endpoint6 if self.endpoint6 != _NO_ENDPOINT6 else b"",
-        )
+        return without_zeros(self.endpoint4, self.endpoint6)
 
 
 NO_PEERS, NO_COUNTS = Peers(b"", b"", b""), Counts(0, 0, 0, 0)
@@ -1647,15 +1638,7 @@ class FileStore:
             try:
                 with suppress(FileNotFoundError):
                     swarm = Swarm(path, info_hash, self.settings, self._now)
-                    if create:
-                        kept = self._open  # another thread may replace it
-                        known = kept.get(info_hash)
-                        if known and os.path.sameopenfile(known.fd, swarm.fd):
-                            swarm, known.opened = known, self._now
-                        while len(kept) >= OPEN_AT_MOST:
-                            kept.popitem()
-                        kept[info_hash] = swarm
-                    return swarm
+                    return self._keep(swarm) if create else swarm
                 if not create:
                     return None
                 self._create(path)
@@ -1663,6 +1646,18 @@ class FileStore:
                 if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._open:
                     raise
                 self._open = {}  # closes the other files
+
+    def _keep(self, swarm):
+        """Keep a Swarm open and return it, or the Swarm that has its file open."""
+        kept = self._open  # another thread may replace it
+        known = kept.get(swarm.info_hash)
+        if known and os.path.sameopenfile(known.fd, swarm.fd):
+            known.opened = swarm.opened
+            return known
+        while len(kept) >= OPEN_AT_MOST:
+            kept.popitem()
+        kept[swarm.info_hash] = swarm
+        return swarm
 
     def _create(self, path):
         """Create the empty file of a swarm; raise TrackerError if there are too many.
@@ -1823,19 +1818,19 @@ class Swarm:
 
     def announce(self, announce, wanted):
         """Record an announce; return (Counts, Peers), as FileStore.announce says."""
-        own, is_new = None, False
+        own, is_new, seeder = None, False, is_seeder(announce)
         if not announce.event:
-            own = self._renew(announce)
+            own = self._renew(announce, seeder)
         if not own:
-            own, is_new = self._record(announce)
+            own, is_new = self._record(announce, seeder)
         if announce.event == "stopped" or not wanted:
             return self.counts(), NO_PEERS
-        seeders_too = is_new or not is_seeder(announce)
+        seeders_too = is_new or not seeder
         pick = self.first.pick if self.pages == 1 else self._pick_from_pages
         peers = pick(wanted, seeders_too, own, not announce.compact)
         return self.counts(), Peers(*peers)
 
-    def _renew(self, announce):
+    def _renew(self, announce, seeder):
         """Update only when a peer was last seen, if its announce says nothing else new.
 
         Return the peer's endpoints, as Record.endpoints does, or None if ``_record``
@@ -1858,7 +1853,7 @@ class Swarm:
                 peer_id == announce.peer_id
                 and key == announce.key
                 and not state & PARTIAL
-                and (slot >= page.leechers) == (announce.left == 0)
+                and (slot >= page.leechers) == seeder
             ):
                 seen = self.now.to_bytes(4, "little")
                 at = page.number * PAGE + record_at + seen_at
@@ -1867,19 +1862,15 @@ class Swarm:
                 else:
                     write_at(self.fd, seen, at)
                 at4, at6 = _ENDS4 + slot * 6, _ENDS6 + slot * 18
-                end4, end6 = data[at4 : at4 + 6], data[at6 : at6 + 18]
-                return (
-                    end4 if end4 != _NO_ENDPOINT4 else b"",
-                    end6 if end6 != _NO_ENDPOINT6 else b"",
-                )
+                return without_zeros(data[at4 : at4 + 6], data[at6 : at6 + 18])
         return None
 
-    def _record(self, announce):
+    def _record(self, announce, seeder):
         """Record any announce; return the peer's endpoints, and whether one is new.
 
         The endpoints are as Record.endpoints returns them.
         """
-        seeder, is_stopped = is_seeder(announce), announce.event == "stopped"
+        is_stopped = announce.event == "stopped"
         page, slot = self._locate(announce.peer_id)
         # 1. Find the peer's Record, or room for it.
         if slot >= 0:
@@ -2174,18 +2165,20 @@ class Swarm:
 
         This is one write: after a kill the file has all of it or nothing.
         """
-        if page is self.first:
-            page.put(_PAGE_HEAD.size, self._head())
         page.seal()
-        write_at(self.fd, page.data, page.number * PAGE)
         if page is self.first:
-            self.head, self.due = page.data[:_HEADS], 0
+            self._put_head()
+        write_at(self.fd, page.data, page.number * PAGE)
 
     def _write_head(self):
+        write_at(self.fd, self._put_head(), _PAGE_HEAD.size)
+
+    def _put_head(self):
+        """Put the head of the swarm into page 0, and return it."""
         head = self._head()
         self.first.put(_PAGE_HEAD.size, head)
-        write_at(self.fd, head, _PAGE_HEAD.size)
         self.head, self.due = self.first.data[:_HEADS], 0
+        return head
 
     def _head(self):
         """Return the head of the swarm, with its checksum."""
@@ -2231,7 +2224,7 @@ class Page:
         self.put(0, _PAGE_HEAD.pack(MAGIC, *self.counts(), self.number, self.oldest))
 
     def put(self, at, data):
-        """Replace the bytes from ``at`` on."""
+        """Replace the bytes from ``at`` on. The page is bytes again, as replies are."""
         self.data = b"".join((self.data[:at], data, self.data[at + len(data) : PAGE]))
 
     def find(self, peer_id):
@@ -2380,6 +2373,14 @@ def endpoint_of(announce):
     # Nothing can connect to ports 0 and 1: libtorrent sends 1 behind a proxy.
     port = announce.port if announce.port > 1 else 0
     return announce.address + port.to_bytes(2, "big")
+
+
+def without_zeros(endpoint4, endpoint6):
+    """Return two endpoints of a record, b"" for a missing one."""
+    return (
+        endpoint4 if endpoint4 != _NO_ENDPOINT4 else b"",
+        endpoint6 if endpoint6 != _NO_ENDPOINT6 else b"",
+    )
 
 
 def updated(old, announce, now):
@@ -3197,7 +3198,6 @@ def _check_lists(settings, now):
     catalogue = Catalogue(folder, os.devnull, settings.track)  # leaves the index alone
     # A minute from now, files that have just been written count as complete.
     catalogue.scan(now + 60, seconds=3, report=lambda problem: None)
-    unreadable = ": it cannot be read: "
     known = catalogue.torrents or catalogue.allowed or catalogue.unread
     if catalogue.is_open() or known:
         yield Finding(OK, f"Tracked: {catalogue.summary()}; track is {settings.track}.")
@@ -3209,7 +3209,7 @@ def _check_lists(settings, now):
     if len(facts) > 10:
         facts[10:] = [f"{len(facts) - 10} more files there are skipped"]
     for fact in map(visible, catalogue.problems + facts):
-        if unreadable in fact:
+        if ": it cannot be read: " in fact:
             yield Finding(FAILURE, f"{fact}. Make it readable for the server.")
         else:
             yield Finding(WARNING, f"{fact}.")
@@ -3476,11 +3476,11 @@ class BitBreeze(flask.Flask):
         """
         catalogue = self.tracker.catalogue
         catalogue.refresh(now)
-        snapshot = self.tracker.snapshot(now)
-        state = catalogue.version, snapshot.listed
+        totals, counts = self.tracker.snapshot(now)
+        state = catalogue.version, counts
         if state != self._listing[0]:
             listed = list(catalogue.torrents.values())
-            rows = [Row(torrent, snapshot.listed) for torrent in listed]
+            rows = [Row(torrent, counts) for torrent in listed]
             rows.sort(key=attrgetter("searched"))
             categories = sorted({row.category for row in rows} - {""})
             self._listing = state, categories, {"name": rows}
@@ -3488,7 +3488,7 @@ class BitBreeze(flask.Flask):
         if sort not in orders:
             key = attrgetter(COLUMNS[sort.removeprefix("-")][1])
             orders[sort] = sorted(orders["name"], key=key, reverse=sort[0] == "-")
-        return orders[sort], categories, snapshot.totals
+        return orders[sort], categories, totals
 
 
 def create_app(overrides=None):

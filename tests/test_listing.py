@@ -65,7 +65,7 @@ def app(tmp_path):
     torrents = {torrent.path: torrent for torrent in TORRENTS}
     catalogue = SimpleNamespace(version=1, torrents=torrents)
     catalogue.refresh = lambda *_, **__: None
-    snapshot = SimpleNamespace(listed=COUNTS, totals=())
+    snapshot = [(), COUNTS]
     app.tracker = SimpleNamespace(catalogue=catalogue, snapshot=lambda now: snapshot)
     return app
 
@@ -117,7 +117,7 @@ def test_sort_orders(app, order, found):
 def test_list_is_kept_until_it_changes(app):
     rows = app.listing("name", NOW)[0]
     assert app.listing("name", NOW)[0] is rows
-    app.tracker.snapshot(NOW).listed = {bytes([4]) * 20: Counts(9, 0, 0, 0)}
+    app.tracker.snapshot(NOW)[1] = {bytes([4]) * 20: Counts(9, 0, 0, 0)}
     assert numbers(app.listing("-seeders", NOW)[0])[0] == 4
     del app.tracker.catalogue.torrents[TORRENTS[0].path]
     app.tracker.catalogue.version = 2
