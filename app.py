@@ -1913,10 +1913,8 @@ class Swarm:
 
     def records(self):
         """Return the snatches and copies of all pages."""
-        pages = self._all_pages()
-        return self.snatches, [
-            Page(page.number, bytes(page.data[:PAGE])) for page in pages
-        ]
+        copies = [Page(p.number, bytes(p.data[:PAGE])) for p in self._all_pages()]
+        return self.snatches, copies
 
     def restore(self, snatches, peers):
         """Merge (Record, is_seeder) of peers; return how many the limits kept out."""
@@ -3386,6 +3384,8 @@ def read_export(file):
         try:
             if not line.endswith(b"\n"):
                 raise ValueError("it is cut off")
+            if "end" in entry:
+                raise ValueError("it is behind the end")
             if number == 1 and b'"version": 1,' in line:
                 raise ValueError("an older BitBreeze wrote it. See Upgrading in README")
             entry = json.loads(line)
