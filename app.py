@@ -1,4 +1,8 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["Flask>=3.0", "bencoder.pyx>=3.0", "gunicorn[gevent]>=25.1"]
+# ///
 """BitBreeze: a BitTorrent tracker in one file, for any host that runs Python.
 
 Clients announce the torrents that they share, and the tracker tells them about each
@@ -50,6 +54,7 @@ import os
 import re
 import resource
 import socket
+import stat
 import struct
 import sys
 import time
@@ -57,20 +62,34 @@ import zlib
 from binascii import a2b_qp
 from collections import Counter
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from functools import lru_cache
 from hashlib import blake2b, sha1, sha256
-from itertools import chain, zip_longest
+from importlib.util import find_spec
+from itertools import accumulate, chain, zip_longest
 from operator import add, or_
 from pathlib import Path
 from random import random
 from threading import Lock
 from typing import NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 from weakref import WeakSet
 
-import bencoder
-
 HERE = Path(__file__).resolve().parent
+__version__ = "1.0"
+
+try:
+    import bencoder
+except ImportError:
+    bencoder = None
+# PyPI's package "bencoder" has the same module, but no bencode().
+if not hasattr(bencoder, "bencode") or not find_spec("flask"):
+    install = f"{sys.executable} -m pip install -r {HERE}/requirements.txt"
+    problem = f"Flask or bencoder.pyx is not installed. Run: {install}"
+    if __name__ == "__main__":
+        sys.exit(f"app.py: {problem}")
+    raise ImportError(problem)
+
 log = logging.getLogger("bitbreeze")
 
 
@@ -85,13 +104,14 @@ class Settings(NamedTuple):
     """Every setting with its default. README's table has the same words."""
 
     title: str = "BitBreeze"  # name of the tracker on its pages
+    url: str = ""  # of the front page, if pages and downloads must always show this one
     notice: str = ""  # a sentence that clients show to their users
     data: str = "data"  # folder for peers and statistics, relative to app.py
     torrents: str = "torrents"  # folder of .torrent files to track and list
     track: str = "auto"  # any, listed, or auto: listed as soon as a list has an entry
     interval: int = 1800  # seconds between announces, give or take ten percent
-    min_interval: int = 300  # seconds between announces at least
-    peer_ttl: int = 4200  # seconds that a peer is kept after its last announce
+    min_interval: int = 300  # seconds between announces at least; a sixth of interval
+    peer_ttl: int = 4200  # seconds that a silent peer is kept; 7/3 of interval
     swarm_ttl: int = 7776000  # seconds that the snatches of an empty swarm are kept
     numwant: int = 50  # peers in a reply if the client does not ask for a number
     max_numwant: int = 100  # peers in a reply at most
@@ -117,47 +137,47 @@ def load_settings(overrides=None, environ=os.environ, ini=HERE / "wsgi.ini"):
     try:
         with suppress(FileNotFoundError), open(ini, encoding="utf-8") as file:
             parser.read_file(file)
+        in_file = dict(parser["tracker"]) if parser.sections() else {}
+    except (configparser.MissingSectionHeaderError, KeyError):
+        problem = f"{ini} has no line [tracker]. Add it above the settings"
+        raise SettingsError(problem) from None
     except (OSError, configparser.Error, UnicodeDecodeError) as error:
         reason = str(error).partition("\n")[0]
         raise SettingsError(f"{ini} cannot be read: {reason}") from None
-    in_file = dict(parser["tracker"]) if parser.has_section("tracker") else {}
-    prefix = "TRACKER_"
-    in_environ = {
-        name.removeprefix(prefix).lower(): value
-        for name, value in environ.items()
-        if name.startswith(prefix)
-    }
+    names = [name for name in environ if name.startswith("TRACKER_")]
+    in_environ = {n.removeprefix("TRACKER_").lower(): environ[n] for n in names}
     # 2. Parse each value.
     values = {}
-    for source, given in (
-        (f"[tracker] in {ini}", in_file),
-        ("the environment", in_environ),
-        ("create_app", overrides or {}),
-    ):
+    sources = {f"[tracker] in {ini}": in_file, "the environment": in_environ}
+    sources["create_app"] = overrides or {}
+    for source, given in sources.items():
         for name, value in given.items():
             if name not in Settings._fields:
-                known = ", ".join(Settings._fields)
-                raise SettingsError(f"{source} sets {name!r}, which is not in: {known}")
+                near = get_close_matches(name, Settings._fields, 1) or Settings._fields
+                advice = f"Did you mean {' or '.join(near)}?"
+                raise SettingsError(f"{source} sets {name!r}. {advice}")
             try:
                 values[name] = parse_setting(name, value)
             except ValueError as error:
                 message = f"{source} sets {name} to {value!r}: {error}"
                 raise SettingsError(message) from None
-    # 3. Check the values that must fit each other.
-    settings = Settings(**values)
+    # 3. Check the values that must fit each other. Two follow from the interval.
+    interval = values.get("interval", Settings().interval)
+    follow = {"min_interval": max(1, interval // 6), "peer_ttl": interval * 7 // 3}
+    settings = Settings(**{**follow, **values})
     check_settings(settings)
     return settings
 
 
 def parse_setting(name, value):
     """Return the value of a setting, given as text or as a value; raise ValueError."""
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
     kind, is_text = type(Settings._field_defaults[name]), isinstance(value, str)
     text = value.strip() if is_text else ""
     words = text.replace(",", " ").split()
     text.encode()  # raises UnicodeEncodeError if it was not UTF-8 in the environment
     if kind is bool:
-        states = configparser.ConfigParser.BOOLEAN_STATES
-        value = states.get(text.lower()) if is_text else value
+        value = configparser.ConfigParser.BOOLEAN_STATES.get(text.lower(), value)
         is_right, expected = type(value) is bool, "yes or no"
     elif kind is int:
         value = int(text) if text.isdecimal() and len(text) < 20 else value
@@ -166,16 +186,16 @@ def parse_setting(name, value):
     elif not is_text:
         is_right, expected = False, "text"
     elif name == "track":
-        value = text.lower()
+        value, expected = text.lower(), "any, listed or auto"
         is_right = value in ("any", "listed", "auto")
-        expected = "any, listed or auto"
+    elif name == "url":
+        value, expected = text.rstrip("/"), "a URL such as https://tracker.example.org"
+        is_right = re.fullmatch(r"(https?://[^\s/?#<>\"]+(/[^\s?#<>\"]*)?)?", value)
     elif name == "address_header":
         value, expected = text, "the name of a header"
         is_right = re.fullmatch("[A-Za-z0-9-]*", text)
     elif name == "proxy_networks":
-        value = [
-            word if word == "unix" else ipaddress.ip_network(word) for word in words
-        ]
+        value = [w if w == "unix" else ipaddress.ip_network(w) for w in words]
         is_right, expected = True, "networks"
     elif name == "public_ip":
         addresses = [ipaddress.ip_address(word).packed for word in words]
@@ -191,24 +211,24 @@ def parse_setting(name, value):
 
 def check_settings(settings):
     """Raise SettingsError if settings do not fit each other."""
-
-    def require(is_right, sentence):
-        if not is_right:
-            raise SettingsError(sentence)
-
     s = settings
     # Tracker.announce varies the interval by a tenth.
-    shortest, longest = s.interval * 9 // 10, s.interval * 11 // 10
-    limit = f"at most {shortest} seconds, nine tenths of interval"
-    require(s.min_interval <= shortest, f"min_interval must be {limit}")
-    require(s.min_interval > 0, "min_interval must be at least 1 second")
-    limit = f"more than {longest} seconds, eleven tenths of interval"
-    require(s.peer_ttl > longest, f"peer_ttl must be {limit}")
-    limit = f"at most max_numwant, {s.max_numwant} peers"
-    require(s.numwant <= s.max_numwant, f"numwant must be {limit}")
-    require(not (s.address_header and s.proxies), "set proxies or address_header")
+    shortest, longest = max(1, s.interval * 9 // 10), s.interval * 11 // 10
+    low = f"at most {shortest} seconds, nine tenths of interval"
+    high = f"more than {longest} seconds, eleven tenths of interval"
+    most = f"at most max_numwant, {s.max_numwant} peers"
     is_safe = s.proxy_networks or not s.address_header
-    require(is_safe, "address_header needs proxy_networks, or anyone could send it")
+    for is_right, sentence in (
+        (s.interval > 0, "interval must be at least 1 second"),
+        (s.min_interval > 0, "min_interval must be at least 1 second"),
+        (s.min_interval <= shortest, f"min_interval must be {low}"),
+        (s.peer_ttl > longest, f"peer_ttl must be {high}"),
+        (s.numwant <= s.max_numwant, f"numwant must be {most}"),
+        (not (s.address_header and s.proxies), "set proxies or address_header"),
+        (is_safe, "address_header needs proxy_networks, or anyone could send it"),
+    ):
+        if not is_right:
+            raise SettingsError(sentence)
 
 
 # -- Types ----------------------------------------------------------------------------
@@ -308,14 +328,11 @@ def hidden_address(found, advice):
 
 @lru_cache(maxsize=10000)
 def parse_address(text):
-    """Return an address as 4 or 16 bytes; raise ValueError.
-
-    An IPv4 address mapped to IPv6, as some servers write it, becomes IPv4: clients drop
-    mapped addresses.
-    """
+    """Return an address as 4 or 16 bytes; raise ValueError."""
     if len(text) > 64:  # an IPv6 zone may have any length
         raise ValueError("too long for an address")
     address = ipaddress.ip_address(text)
+    # Some servers write IPv4 addresses mapped to IPv6. Clients drop mapped addresses.
     return (getattr(address, "ipv4_mapped", None) or address).packed
 
 
@@ -352,13 +369,11 @@ def forwarded_address(environ, settings):
     raise hidden_address(found, advice)
 
 
-_PRIVATE = [
-    ipaddress.ip_network(network)
-    for network in (
-        *("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16"),
-        *("100.64.0.0/10", "127.0.0.0/8", "::1/128", "fc00::/7", "fe80::/10"),
-    )
-]
+_NETWORKS = (
+    "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 169.254.0.0/16 100.64.0.0/10 127.0.0.0/8"
+    " ::1/128 fc00::/7 fe80::/10"
+)
+_PRIVATE = [*map(ipaddress.ip_network, _NETWORKS.split())]
 # How private endpoints begin: the first two bytes of IPv4, as a native-endian integer,
 # and one byte of IPv6. This check takes 1 µs for a reply of 50 peers, is_private 7 µs.
 _PRIVATE_STARTS4 = {
@@ -374,7 +389,7 @@ _PRIVATE_STARTS6 = {0, 0xFC, 0xFD, 0xFE}
 def is_private(address):
     """Return True for an address, 4 or 16 bytes, of a private network or loopback."""
     ip = ipaddress.ip_address(address)
-    return any(ip.version == network.version and ip in network for network in _PRIVATE)
+    return any(ip in network for network in _PRIVATE)
 
 
 def visible_peers(peers, address, public_ip):
@@ -393,14 +408,14 @@ def visible_peers(peers, address, public_ip):
     return Peers(ids, ends4, ends6)
 
 
-def public_endpoints(column, width, public_address):
+def public_endpoints(column, width, public):
     """Return a column of endpoints with private addresses replaced, or zeros."""
     endpoints = []
     for endpoint in chunks(column, width):
         if is_private(endpoint[:-2]):
-            port = endpoint[-2:]
-            endpoint = public_address + port if public_address else bytes(width)
-        endpoints.append(endpoint)
+            endpoint = public + endpoint[-2:] if public else bytes(width)
+        # Two peers behind the public address may have the same port.
+        endpoints.append(endpoint if endpoint not in endpoints else bytes(width))
     return b"".join(endpoints)
 
 
@@ -418,6 +433,8 @@ def format_ip(address):
 # Only this section knows the protocol's parameter names and reply keys. It cannot use
 # Flask's request.args, which decodes to text: there %FF and the byte FF are the same.
 
+_BINARY = "info_hash", "peer_id", "key"
+
 
 def parse_announce(environ, settings):
     """Return the Announce in a WSGI environ; raise TrackerError for a bad one (BEP 3).
@@ -434,19 +451,34 @@ def parse_announce(environ, settings):
     query = environ.get("QUERY_STRING", "")
     if query.count("info_hash=") > 1 and len(parse_scrape(environ)) > 1:
         raise TrackerError("info_hash was sent twice: announce one torrent at a time")
-    parts = [part.partition("=") for part in query.split("&")]
-    given = {name: value for name, _, value in parts}.get
+    values = {}
+    for part in query.split("&"):
+        name, _, value = part.partition("=")
+        if "%" in part and name not in _BINARY:  # few clients escape more than these
+            name = unquote(name)
+            value = value if name in _BINARY else unquote(value)
+        values[name] = value
+    given = values.get
     info_hash = parse_info_hash(given("info_hash", ""))
-    peer_id = parse_bytes(given("peer_id", ""))
+    if not (peer_id := parse_bytes(given("peer_id", ""))):
+        raise TrackerError("peer_id is missing: this URL is for BitTorrent clients")
     if len(peer_id) != 20:
         raise TrackerError(f"peer_id must be 20 bytes, not {len(peer_id)}")
+    address = client_address(environ, settings)
+    port, left = given("port", ""), given("left", "")
+    if port and not (port.isdecimal() and len(port) < 9 and int(port) < 65536):
+        raise TrackerError("port must be a whole number from 0 to 65535")
+    is_known = left.isdecimal() and len(left) < 40
+    if left and not is_known and not left.startswith("-"):
+        raise TrackerError("left must be a whole number of bytes")
     event, numwant = given("event", ""), given("numwant", "")
     return Announce(
         info_hash,
         peer_id,
-        client_address(environ, settings),
-        parse_port(given("port", "")),
-        parse_left(given("left", "")),
+        address,
+        int(port or 0),  # aria2 sends no port if it has none
+        # webtorrent sends it empty for a magnet link, or not at all.
+        int(left) if is_known else None,
         # An unknown event counts as none, so that new clients are not shut out.
         event if event in ("started", "completed", "stopped", "paused") else "",
         int(numwant) if numwant.isdecimal() and len(numwant) < 10 else -1,
@@ -459,9 +491,21 @@ def parse_announce(environ, settings):
 
 
 def parse_scrape(environ):
-    """Return the info_hashes, 20 bytes each, of a scrape; [] means all (BEP 48)."""
-    parts = environ.get("QUERY_STRING", "").split("&")
-    return [parse_info_hash(part[10:]) for part in parts if part[:10] == "info_hash="]
+    """Return the info_hashes, 20 bytes each, of a scrape; [] means all (BEP 48).
+
+    Of several, the bad ones are left out. Raise TrackerError if all are bad.
+    """
+    hashes, refusal = [], None
+    for part in environ.get("QUERY_STRING", "").split("&"):
+        name, _, value = part.partition("=")
+        if name == "info_hash" or "%" in name and unquote(name) == "info_hash":
+            try:
+                hashes.append(parse_info_hash(value))
+            except TrackerError as error:
+                refusal = error
+    if refusal and not hashes:
+        raise refusal
+    return hashes
 
 
 @lru_cache(maxsize=2000)
@@ -470,10 +514,9 @@ def parse_info_hash(text):
     if not text:
         raise TrackerError("info_hash is missing: this URL is for BitTorrent clients")
     value = parse_bytes(text)
-    if len(value) == 20:
-        return value
-    if len(value) == 32 and not value.isalnum():
-        return value[:20]  # a full v2 hash; trackers use its first 20 bytes (BEP 52)
+    # Of a full v2 hash, trackers use the first 20 bytes (BEP 52).
+    if len(value) == 20 or len(value) == 32 and not value.isalnum():
+        return value[:20]
     hint = {40: ": is it hex?", 32: ": is it base32?"}.get(len(value), "")
     raise TrackerError(f"info_hash must be 20 bytes, not {len(value)}{hint}")
 
@@ -483,22 +526,6 @@ def parse_bytes(text):
     raw = text.replace("+", " ").encode("latin-1", "replace")
     # Percent-encoding is quoted-printable with another sign. That is decoded in C.
     return a2b_qp(raw.replace(b"=", b"=3D").replace(b"%", b"=")) if b"%" in raw else raw
-
-
-def parse_port(text):
-    if text.isdecimal() and len(text) < 9 and (port := int(text)) < 65536:
-        return port
-    if text:
-        raise TrackerError("port must be a whole number from 0 to 65535")
-    return 0  # aria2 sends no port if it has none
-
-
-def parse_left(text):
-    if text.isdecimal() and len(text) < 40:
-        return int(text)
-    if text and not text.startswith("-"):
-        raise TrackerError("left must be a whole number of bytes")
-    return None  # webtorrent sends it empty for a magnet link, or not at all
 
 
 # A format instead of a bencoded dictionary saves 3 of 50 µs of an announce.
@@ -516,52 +543,50 @@ def announce_reply(announce, counts, peers, interval, settings):
     b'd8:completei1e10:downloadedi0e10:incompletei0'
     """
     encode = bencoder.bencode
-    external_ip = peers6 = warning = b""
-    if is_global(announce.address):
-        external_ip = b"11:external ip" + encode(announce.address)
+    peers6 = warning = b""
     if announce.compact:
         peers4 = encode(with_ports(peers.endpoints4, 6))  # rTorrent needs this key
         if peers.endpoints6 or len(announce.address) == 16:
             peers6 = b"6:peers6" + encode(with_ports(peers.endpoints6, 18))
     else:
-        peers4 = encode(peer_dictionaries(peers, announce.no_peer_id))
+        peers4 = encode([*peer_dictionaries(peers, announce.no_peer_id)])
     if settings.notice:
         warning = b"15:warning message" + encode(settings.notice.encode())
     numbers = counts.leechers, interval, settings.min_interval
-    start = counts.seeders, counts.snatches, external_ip
+    start = counts.seeders, counts.snatches, external_ip(announce.address)
     return _REPLY % (*start, *numbers, peers4, peers6, warning)
 
 
 def scrape_reply(files, settings):
-    """Return the bencoded reply to a scrape (BEP 48, 21).
-
-    ``files`` is Counts by info_hash.
-    """
+    """Return the bencoded reply to a scrape (BEP 48, 21) from Counts by info_hash."""
     scraped = {}
     for info_hash, counts in files.items():
-        scraped[info_hash] = {
+        numbers = scraped[info_hash] = {
             b"complete": counts.seeders,
             b"downloaded": counts.snatches,
             b"incomplete": counts.leechers,
         }
         if counts.partial_seeds:
-            downloaders = counts.leechers - counts.partial_seeds
-            scraped[info_hash][b"downloaders"] = downloaders
+            numbers[b"downloaders"] = counts.leechers - counts.partial_seeds
     flags = {b"min_request_interval": settings.min_interval}
     return bencoder.bencode({b"files": scraped, b"flags": flags})
 
 
-def failure_reply(reason, settings):
-    """Return a bencoded refusal (BEP 31).
+def failure_reply(reason, settings, kind="request"):
+    """Return a bencoded refusal (BEP 31); ``kind`` is that of the TrackerError.
 
     No client is known to read ``retry in`` (minutes). libtorrent, Transmission and
-    rTorrent wait for the intervals.
+    rTorrent wait for the intervals. They are short if the next announce may succeed: a
+    first seeder often announces before its torrent is in the list.
     """
+    interval = settings.interval
+    if kind in ("unregistered", "reading", "full"):
+        interval = min(settings.min_interval, 300)
     return bencoder.bencode({
         b"failure reason": reason.encode(),
-        b"interval": settings.interval,
-        b"min interval": settings.min_interval,
-        b"retry in": max(1, settings.interval // 60),
+        b"interval": interval,
+        b"min interval": min(settings.min_interval, interval),
+        b"retry in": max(1, interval // 60),
     })  # fmt: skip
 
 
@@ -573,24 +598,21 @@ def with_ports(column, width):
 
 
 def peer_dictionaries(peers, no_peer_id):
-    """Return Peers as dictionaries, two for a peer with two endpoints (BEP 7)."""
-    dictionaries = []
+    """Yield Peers as dictionaries, two for a peer with two endpoints (BEP 7)."""
     ids = chunks(peers.ids, 20)
     for column, width in ((peers.endpoints4, 6), (peers.endpoints6, 18)):
         for peer_id, endpoint in zip(ids, chunks(column, width), strict=False):
-            port = int.from_bytes(endpoint[-2:], "big")
-            if port:
-                peer = {b"ip": format_ip(endpoint[:-2]).encode(), b"port": port}
-                if not no_peer_id:
-                    peer[b"peer id"] = peer_id
-                dictionaries.append(peer)
-    return dictionaries
+            if port := int.from_bytes(endpoint[-2:], "big"):
+                ip = format_ip(endpoint[:-2]).encode()
+                named = {} if no_peer_id else {b"peer id": peer_id}
+                yield {b"ip": ip, b"port": port, **named}
 
 
 @lru_cache(maxsize=10000)
-def is_global(address):
-    """Return True for an address that a client may be told as its own (BEP 24)."""
-    return ipaddress.ip_address(address).is_global
+def external_ip(address):
+    """Return the part of a reply with the client's address, if global (BEP 24)."""
+    is_global = ipaddress.ip_address(address).is_global
+    return b"11:external ip" + bencoder.bencode(address) if is_global else b""
 
 
 # -- Tracker --------------------------------------------------------------------------
@@ -602,23 +624,20 @@ class Tracker:
     def __init__(self, settings, catalogue, store, stats):
         self.settings, self.catalogue = settings, catalogue
         self.store, self.stats = store, stats
-        self._idle = 0, 0  # maintenance is not due from this second to that
-        self._snapshot = None
-        self._snapshot_valid = 0, 0  # from this second to that
+        self._maintained = -10  # the second of the last maintenance
+        self._snapshot = 0, 0, None  # valid from this second to that
         self._lock = Lock()  # of the snapshot
 
     def announce(self, announce, now):
-        """Return (Counts, Peers, seconds until the next announce).
-
-        Raise TrackerError to refuse it.
-        """
+        """Return (Counts, Peers, seconds to the next announce); raise TrackerError."""
         settings, wanted = self.settings, announce.numwant
         self.catalogue.check(announce.info_hash, now)
         wanted = min(settings.numwant if wanted < 0 else wanted, settings.max_numwant)
         counts, peers = self.store.announce(announce, wanted, now)
         peers = visible_peers(peers, announce.address, settings.public_ip)
         # Vary the interval by a tenth, so that clients that came together spread out.
-        return counts, peers, int(settings.interval * (0.9 + 0.2 * random()))
+        interval = int(settings.interval * (0.9 + 0.2 * random()))
+        return counts, peers, interval or 1
 
     def scrape(self, info_hashes, now):
         """Return Counts by info_hash, for [] of all swarms if full_scrape is set.
@@ -634,9 +653,8 @@ class Tracker:
         if not self.settings.full_scrape:
             reason = "info_hash is missing: this tracker does not list its torrents"
             raise TrackerError(reason)
-        return {
-            each: found for each, found in self.store.swarms(now) if tracks(each, now)
-        }
+        swarms = self.store.swarms(now)
+        return {each: counts for each, counts in swarms if tracks(each, now)}
 
     def totals(self, now):
         return self.snapshot(now)[0]
@@ -647,11 +665,9 @@ class Tracker:
         They are exact, and kept for one second per thousand swarms. Counting opens
         every swarm, ten microseconds each. So it uses at most 1 % of the time.
         """
-        start, end = self._snapshot_valid
-        if start <= now < end:
-            return self._snapshot
-        if not self._lock.acquire(blocking=self._snapshot is None):
-            return self._snapshot  # another thread is counting
+        start, end, snapshot = self._snapshot
+        if start <= now < end or not self._lock.acquire(blocking=snapshot is None):
+            return snapshot  # it is valid, or another thread is counting
         try:
             self.catalogue.refresh(now)
             by_hash, listed = self.catalogue.by_hash, {}
@@ -661,17 +677,16 @@ class Tracker:
                 active += bool(counts.seeders or counts.leechers)
                 if info_hash in by_hash:
                     listed[info_hash] = counts
-            self._snapshot = Totals(*sums, active), listed
-            self._snapshot_valid = now, now + swarms // 1000
-            return self._snapshot
+            snapshot = Totals(*sums, active), listed
+            self._snapshot = now, now + swarms // 1000, snapshot
+            return snapshot
         finally:
             self._lock.release()
 
     def run_maintenance(self, now):
         """Run the housekeeping of store and statistics, if it is due."""
-        start, end = self._idle
-        if not start <= now < end:
-            self._idle = now, now + 10  # seconds
+        if not 0 <= now - self._maintained < 10:
+            self._maintained = now
             self.store.tidy(now)
             self.stats.flush(now, self.totals)
 
@@ -728,11 +743,22 @@ class TrackerApp:
         if method not in ("GET", "HEAD"):
             start_response("405 Method Not Allowed", [_TEXT, ("Allow", "GET, HEAD")])
             return [b"Clients announce and scrape with GET.\n"]
+        if "info_hash=" not in (query := environ.get("QUERY_STRING", "")):
+            settings = self.tracker.settings
+            is_full_scrape = kind == "scrape" and settings.full_scrape
+            is_browser = "text/html" in environ.get("HTTP_ACCEPT", "")
+            if is_browser or not query and not is_full_scrape:
+                root = settings.url or quote(environ.get("SCRIPT_NAME", ""))
+                start_response("302 Found", [_TEXT, ("Location", f"{root}/")])
+                return []
+        if method == "HEAD":  # it must not change anything
+            start_response("200 OK", [_TEXT])
+            return []
         body = self._reply(kind, environ)
         # Refusals have status 200 too. With any other, clients ignore the reason and
         # come back within seconds.
         start_response("200 OK", [_TEXT, ("Content-Length", str(len(body)))])
-        return [body] if method == "GET" else []
+        return [body]
 
     def _reply(self, kind, environ):
         """Return the reply to an announce or a scrape, or the reason for a refusal."""
@@ -747,7 +773,7 @@ class TrackerApp:
             return announce_reply(announce, counts, peers, interval, settings)
         except TrackerError as refusal:
             failure = refusal.kind
-            return failure_reply(str(refusal), settings)
+            return failure_reply(str(refusal), settings, failure)
         except Exception as fault:
             failure = "store" if isinstance(fault, OSError) else "internal"
             self.errors.report(fault, environ["PATH_INFO"], now)
@@ -766,11 +792,13 @@ class TrackerApp:
 def request_kind(path):
     """Return "announce" or "scrape" for such a path, else "".
 
-    The end of the path decides, because hosts pass on more or less of a prefix.
-    BitStorm's URLs end in .php.
+    The end of the path decides, because hosts pass on more or less of a prefix. A key
+    may follow, or a space. BitStorm's URLs end in .php.
     """
-    name = path.rstrip("/").rpartition("/")[2].removesuffix(".php")
-    return name if name in ("announce", "scrape") else ""
+    for part in path.strip("/ ").split("/")[:-3:-1]:
+        if (name := part.removesuffix(".php")) in ("announce", "scrape"):
+            return name
+    return ""
 
 
 def answer_cgi(application):
@@ -799,6 +827,28 @@ def is_settled(path, now):
         return not -60 <= now - os.stat(path).st_mtime < SETTLED
     except OSError:
         return is_settled(os.path.dirname(path), now)
+
+
+def is_torrent(path):
+    return path.lower().endswith(".torrent")
+
+
+def torrent_paths(folder, onerror):
+    """Return the paths of the .torrent files in a folder and in those below it."""
+    tops, met, paths = [folder], set(), []
+    for top in tops:  # it grows by the links to folders
+        for parent, folders, names in os.walk(top, onerror=onerror):
+            # Each folder counts once: links may form loops.
+            status = os.stat(parent)
+            if (identity := (status.st_dev, status.st_ino)) in met:
+                folders.clear()
+                continue
+            met.add(identity)
+            shown = [name for name in folders + names if name[0] != "."]
+            paths += [f"{parent}/{name}" for name in shown if is_torrent(name)]
+            folders[:] = [n for n in folders if n[0] != "." and not is_torrent(n)]
+            tops += filter(os.path.islink, (f"{parent}/{name}" for name in folders))
+    return paths
 
 
 def parse_hashes(data, path):
@@ -843,6 +893,7 @@ class Catalogue:
         self._entries = dict.fromkeys([self.folder, *self.lists], UNREAD)
         self._used = self._indexed = self._stamp = None  # entries of _rules; the index
         self._rules = (), (), False, True  # tracked, denied, is_open, unread
+        self._known = None  # the last _rules with nothing unread
         self._use()
 
     def check(self, info_hash, now):
@@ -875,7 +926,7 @@ class Catalogue:
         return self.by_hash.get(bytes.fromhex(text)) if _HEX.fullmatch(text) else None
 
     def metainfo(self, torrent):
-        """Return the metainfo of a listed Torrent; raise TorrentError."""
+        """Return the Metainfo of a listed Torrent; raise TorrentError."""
         with suppress(OSError):
             metainfo, found = read_torrent(self.folder, torrent.path)
             if found == torrent:
@@ -927,18 +978,16 @@ class Catalogue:
             self._load()  # another worker scans
         except OSError:  # no index can be written: every worker scans
             self.scan(now)
-        self._use()
 
     def _load(self):
-        """Read the entries of the index, if another worker has changed it."""
+        """Use the entries of the index, if another worker has changed it."""
         try:
-            with open(self.index, "rb") as file:
-                status = os.fstat(file.fileno())
-                stamp = [status.st_ctime_ns, status.st_size]
-                if stamp == self._stamp:
-                    return
-                self._stamp, self._indexed = stamp, None
-                checksum, _, text = file.read().partition(b"\n")
+            status = os.stat(self.index)
+            stamp = [status.st_ctime_ns, status.st_size]
+            if stamp == self._stamp:
+                return
+            self._stamp, self._indexed = stamp, None
+            checksum, _, text = Path(self.index).read_bytes().partition(b"\n")
             if int(checksum) != zlib.crc32(text):
                 raise ValueError("its checksum is wrong")
             self._entries = self._indexed = json.loads(text)
@@ -946,16 +995,13 @@ class Catalogue:
             self._stamp = self._indexed = None
         except (OSError, ValueError) as error:
             log.warning("%s will be rebuilt: %s", self.index, error)
+        self._use()  # another worker has reported this
 
     def scan(self, now, seconds=0.04, report=log.warning):
         """Scan the folder and the lists; read new files for so many ``seconds``."""
         before, entries, errors = self._entries, {}, []
-        paths, start = [*self.lists], len(self.folder) + 1
         # 1. Find the .torrent files, and the folders that cannot be read.
-        for parent, folders, names in os.walk(self.folder, onerror=errors.append):
-            folders[:] = [name for name in folders if name[0] != "."]
-            names = [n for n in names if n.endswith(".torrent") and n[0] != "."]
-            paths += [f"{parent}/{name}" for name in names]
+        paths = [*self.lists, *torrent_paths(self.folder, errors.append)]
         broken = {e.filename: e for e in errors if e.errno != errno.ENOENT}
         # 2. Read the files that changed: one at least, more while there is time.
         deadline = float("inf")
@@ -966,6 +1012,8 @@ class Catalogue:
                     raise broken[path]
                 status = os.stat(path)
                 signature = [status.st_ctime_ns, status.st_size]
+                if not stat.S_ISREG(status.st_mode):  # to open a FIFO could wait
+                    raise OSError(errno.EINVAL, "not a regular file")
                 if known[0] != signature and time.monotonic() < deadline:
                     deadline = min(deadline, time.monotonic() + seconds)
                     if path in self.lists:
@@ -973,9 +1021,9 @@ class Catalogue:
                         if known == UNREAD or is_settled(path, now):
                             entry = [signature, hashes, *problems]
                     else:
-                        torrent = read_torrent(self.folder, path[start:])[1]
-                        v1, v2 = torrent.v1.hex(), torrent.v2.hex()
-                        entry = [signature, [*torrent._replace(v1=v1, v2=v2)]]
+                        below = path.removeprefix(f"{self.folder}/")
+                        _, torrent = read_torrent(self.folder, below)
+                        entry = [signature, [*torrent]]
             except TorrentError as error:
                 if is_settled(path, now):
                     entry = [signature, None, f"{path}: {error}"]
@@ -997,30 +1045,25 @@ class Catalogue:
             if before[path] != UNREAD and not is_gone:
                 entries[path] = before[path]
         self._entries = entries
-        self._use()
+        self._use(report)
 
-    def _use(self):
-        """Let the entries decide which torrents are tracked."""
+    def _use(self, report=None):
+        """Let the entries decide which torrents are tracked; ``report`` a change."""
         entries = self._entries
         if entries == self._used:
             return
         self._used = entries
-        # 1. Turn hex digits into bytes. A torrent is denied by any of its info_hashes.
-        files = {p: e for p, e in entries.items() if p.endswith(".torrent")}
+        # 1. Parse the entries. A torrent is denied by any of its info_hashes.
+        files = {p: e for p, e in entries.items() if is_torrent(p)}
         others = {p: e for p, e in entries.items() if p not in files}
         allow, deny = (entries.get(path, UNREAD)[1] or [] for path in self.lists)
         self.allowed = frozenset(map(bytes.fromhex, allow))
         denied = self.denied = frozenset(map(bytes.fromhex, deny))
-        contents = [entry[1] for entry in files.values() if entry[1]]
-        torrents = [
-            Torrent(
-                path, name, size, count, bytes.fromhex(v1), bytes.fromhex(v2), *rest
-            )
-            for path, name, size, count, v1, v2, *rest in contents
-        ]
+        torrents = [Torrent(*entry[1]) for entry in files.values() if entry[1]]
         torrents = [t for t in torrents if denied.isdisjoint(t.info_hashes())]
         self.torrents = {torrent.path: torrent for torrent in torrents}
-        self.by_hash = {h: t for t in torrents for h in (*t.info_hashes(), t.v2) if h}
+        whole = {bytes.fromhex(each.v2): each for each in torrents if each.v2}
+        self.by_hash = {h: t for t in torrents for h in t.info_hashes()} | whole
         # 2. Collect what the operator has to know.
         self.problems = [problem for e in others.values() for problem in e[2:]]
         self.skipped = {
@@ -1038,16 +1081,20 @@ class Catalogue:
         tracked = (self.by_hash.keys() | self.allowed) - denied
         self._rules = tracked, denied, is_open, bool(self.unread)
         self.version += 1
+        if not self.unread:
+            if report and self._known not in (None, self._rules):
+                report(f"Tracked from now on: {self.summary()}")
+            self._known = self._rules
 
 
 # -- Torrent files --------------------------------------------------------------------
-# They come from strangers. A file with anything unexpected in it is skipped, and the
-# names in it are only shown, never used as paths.
+# They come from strangers, so the names in them are only shown, never used as paths.
+# Files that libtorrent loads are listed, with the hashes and sizes that it computes.
 
 MAX_TORRENT_BYTES = 10 * 2**20  # of a .torrent file
-MAX_PARTS = 2**20  # numbers, strings, lists and ends: a second or two to check
+MAX_PARTS = 2**19  # numbers, strings, lists...: 50,000 files, half a second
 MAX_DEPTH = 100  # of lists and dictionaries: bencoder recurses, and crashes at 50,000
-_TOKEN = re.compile(rb"(\d{1,9}):|i-?\d{1,19}e|[dle]")
+_TOKEN = re.compile(rb"(0*\d{1,10}):|i(-?0*\d{1,20})e|[dle]")
 
 
 class TorrentError(Exception):
@@ -1061,18 +1108,30 @@ class Torrent(NamedTuple):
     name: str
     size: int  # bytes, without padding
     files: int
-    v1: bytes  # info_hash of 20 bytes, b"" for a v2 torrent
-    v2: bytes  # info_hash of 32 bytes, b"" for a v1 torrent (BEP 52)
+    v1: str  # info_hash, 40 hex digits, "" for a v2 torrent
+    v2: str  # info_hash, 64 hex digits, "" for a v1 torrent (BEP 52)
     added: int  # seconds since 1970
     is_private: bool
 
     def info_hashes(self):
         """Return the info_hashes that clients announce, of 20 bytes each."""
-        return [info_hash[:20] for info_hash in (self.v1, self.v2) if info_hash]
+        return [bytes.fromhex(each[:40]) for each in (self.v1, self.v2) if each]
+
+
+class Metainfo(NamedTuple):
+    """The content of a .torrent file (BEP 3)."""
+
+    outer: dict
+    info: dict  # outer[b"info"]
+    info_bytes: bytes  # the same as it stands in the file: its hash is the info_hash
+
+    def is_private(self):
+        """Return True if peers may come from this tracker only (BEP 27)."""
+        return isinstance(self.info.get(b"private"), int) and self.info[b"private"] != 0
 
 
 def read_torrent(folder, path):
-    """Return (metainfo, Torrent) from a file; raise TorrentError or OSError."""
+    """Return (Metainfo, Torrent) from a file; raise TorrentError or OSError."""
     with open(f"{folder}/{path}", "rb") as file:
         status, data = os.fstat(file.fileno()), file.read(MAX_TORRENT_BYTES + 1)
     metainfo = read_metainfo(data)
@@ -1080,85 +1139,152 @@ def read_torrent(folder, path):
 
 
 def read_metainfo(data):
-    """Return the dictionary in a .torrent file (BEP 3); raise TorrentError.
-
-    The file must be canonical: encoding the dictionary again gives the same bytes, so
-    that the info_hash can be computed from the decoded info dictionary.
-    """
+    """Return the Metainfo in the bytes of a .torrent file; raise TorrentError."""
     if len(data) > MAX_TORRENT_BYTES:
         raise TorrentError(f"it has more than {MAX_TORRENT_BYTES} bytes")
-    # 1. Look for what would crash bencoder.
-    at = depth = parts = 0
-    while at < len(data):
+    items, ends = bdecode(data)
+    outer = dictionary_of(items)
+    if not isinstance(info := outer.get(b"info"), dict):
+        raise TorrentError("it has no dictionary called info")
+    key = 2 * items[::2].index(b"info")
+    return Metainfo(outer, info, data[ends[key] : ends[key + 1]])
+
+
+def bdecode(data):
+    """Return the keys and values, in turns, of a bencoded dictionary, and their ends.
+
+    Unlike bencoder, this accepts numbers with leading zeros, and ignores bytes behind
+    the end, because some programs append a newline. It refuses lists that are nested
+    too deep. Raise TorrentError.
+    """
+    if data[:1] != b"d":
+        raise TorrentError("it is not bencoded")
+    items, ends, at = [], [], 1  # of the innermost list or dictionary
+    outside = []  # kind and items of the lists and dictionaries around it
+    for number_of_parts in range(MAX_PARTS):
+        if number_of_parts % 4096 == 0:
+            time.sleep(0)  # other greenlets and threads answer announces meanwhile
         token = _TOKEN.match(data, at)
         if not token:
             raise TorrentError("it is not bencoded")
-        at, kind = token.end() + int(token[1] or 0), token[0]
-        depth, parts = depth + (kind in (b"d", b"l")) - (kind == b"e"), parts + 1
-        if depth > MAX_DEPTH:
-            raise TorrentError(f"it is nested more than {MAX_DEPTH} deep")
-        if parts > MAX_PARTS:
-            raise TorrentError(f"it has more than {MAX_PARTS} parts")
-    # 2. Decode.
-    try:
-        metainfo = bencoder.bdecode(data)
-        is_canonical = bencoder.bencode(metainfo) == data
-    except Exception:  # the kind depends on the version of bencoder
-        raise TorrentError("it is not bencoded") from None
-    if not isinstance(metainfo, dict) or not isinstance(metainfo.get(b"info"), dict):
-        raise TorrentError("it has no dictionary called info")
-    if not is_canonical:
-        raise TorrentError("it is not canonical: unsorted keys, or leading zeros")
-    return metainfo
+        at, (size, number) = token.end(), token.groups()
+        if size:
+            at += int(size)
+            value = data[token.end() : at]
+        elif number:
+            value = int(number)
+        elif token[0] != b"e":
+            outside.append((token[0], items))
+            items = []
+            if len(outside) >= MAX_DEPTH:
+                raise TorrentError(f"it is nested more than {MAX_DEPTH} deep")
+            continue
+        elif outside:
+            value, (kind, items) = items, outside.pop()
+            value = dictionary_of(value) if kind == b"d" else value
+        else:
+            return items, ends
+        items.append(value)
+        if not outside:
+            ends.append(at)
+    raise TorrentError(f"it has more than {MAX_PARTS} parts")
+
+
+def dictionary_of(items):
+    """Return the dictionary of keys and values in turns; raise TorrentError."""
+    keys, values = items[::2], items[1::2]
+    if len(keys) != len(values) or not {*map(type, keys)} <= {bytes}:
+        raise TorrentError("it is not bencoded")
+    # Of equal keys, the first counts, as in libtorrent.
+    in_order = dict(zip(keys, values, strict=True))
+    return in_order | dict(zip(keys[::-1], values[::-1], strict=True))
 
 
 def parse_torrent(metainfo, path, added):
-    """Return the Torrent that a metainfo dictionary describes; raise TorrentError."""
-    info = metainfo[b"info"]
-    if not (name := _text(info.get(b"name.utf-8") or info.get(b"name"))):
+    """Return the Torrent in a Metainfo; raise TorrentError if no client can use it."""
+    info, raw = metainfo.info, metainfo.info_bytes
+    name = _text(_preferred(info, b"name", bytes))
+    if not name.strip("./\\"):
         raise TorrentError("it has no name")
-    _number_at(info, b"piece length", 1)
-    pieces, raw = info.get(b"pieces"), bencoder.bencode(info)
-    has_v1 = isinstance(pieces, bytes) and len(pieces) % 20 == 0
-    has_v2 = info.get(b"meta version") == 2 and isinstance(info.get(b"file tree"), dict)
-    if not has_v1 and not has_v2:
-        raise TorrentError("it has no pieces of v1 and no file tree of v2")
-    v1 = sha1(raw).digest() if has_v1 else b""
-    v2 = sha256(raw).digest() if has_v2 else b""
-    sizes, is_private = [size for _, size in files_of(info)], info.get(b"private") == 1
-    return Torrent(path, name, sum(sizes), len(sizes), v1, v2, added, is_private)
+    # 1. Is it a v1 torrent, a v2 torrent (BEP 52), or both?
+    has_v2 = info.get(b"meta version") == 2
+    has_v1 = not has_v2 or isinstance(info.get(b"files"), list) or b"length" in info
+    if has_v2 != isinstance(info.get(b"file tree"), dict):
+        raise TorrentError("its meta version does not fit its file tree")
+    # 2. Do the pieces fit the files, and the files of v1 those of v2?
+    piece = _number_at(info, b"piece length", 1)
+    if has_v2 and (piece < 16384 or piece & piece - 1):
+        raise TorrentError("its piece length is no power of two from 16384 on")
+    if has_v1:
+        files, pieces = [*_v1_files(info)], _preferred(info, b"pieces", bytes)
+        expected = 20 * -(-sum(size for _, size, _ in files) // piece)
+        if len(pieces) != expected and (pieces or not has_v2):
+            raise TorrentError("its pieces do not fit the size of its files")
+        listed = [file[:2] for file in files if not file[2]]
+        if has_v2 and listed != files_of(info):
+            raise TorrentError("its v1 and v2 lists of files differ")
+    else:
+        listed = files_of(info)
+    size = sum(size for _, size in listed)
+    if not size:
+        raise TorrentError("its files have no bytes")
+    v1 = sha1(raw).hexdigest() if has_v1 else ""
+    v2 = sha256(raw).hexdigest() if has_v2 else ""
+    return Torrent(path, name, size, len(listed), v1, v2, added, metainfo.is_private())
 
 
 def files_of(info):
-    """Yield (path, bytes) of each file in an info dictionary; raise TorrentError.
+    """Return (path, bytes) of each file in an info dictionary; raise TorrentError.
 
-    A path is a tuple of names without the torrent's own. Padding is left out (BEP 47).
+    A path is a tuple of names. Padding is left out (BEP 47).
     """
-    if isinstance(info.get(b"file tree"), dict):
-        yield from _files_below(info[b"file tree"], ())
-    elif b"length" in info:
-        yield (), _number_at(info, b"length")
-    elif isinstance(info.get(b"files"), list):
-        for file in info[b"files"]:
-            file = file if isinstance(file, dict) else {}
-            path = file.get(b"path.utf-8") or file.get(b"path")
-            if not isinstance(path, list) or {*map(type, path)} != {bytes}:
+    if info.get(b"meta version") == 2:
+        return [*_files_below(info[b"file tree"], ())]
+    return [file[:2] for file in _v1_files(info) if not file[2]]
+
+
+def _v1_files(info):
+    """Yield (path, bytes, is_padding) of each file in v1's list; raise TorrentError."""
+    if not isinstance(info.get(b"files"), list):
+        yield (_text(_preferred(info, b"name", bytes)),), _size_of(info), False
+        return
+    for file in info[b"files"]:
+        if not isinstance(file, dict):
+            raise TorrentError("a file in it is no dictionary")
+        path = _preferred(file, b"path", list)
+        is_padding = "p" in _text(file.get(b"attr"))  # BEP 47; it needs no path
+        if not is_padding:
+            if {*map(type, path)} != {bytes}:
                 raise TorrentError("a file in it has no path")
-            if "p" not in _text(file.get(b"attr")):
-                yield tuple(map(_text, path)), _number_at(file, b"length")
-    else:
-        raise TorrentError("it lists no files")
+            is_padding = path[-1].startswith(b"_____padding_file_")  # BitComet's
+        yield tuple(map(_text, path)), _size_of(file), is_padding
 
 
 def _files_below(tree, path):
-    """Yield the files in a v2 file tree, where the key b"" marks a file (BEP 52)."""
+    """Yield (path, bytes) of the files in a v2 file tree: b"" marks one (BEP 52)."""
     for name, below in tree.items():
-        if not isinstance(below, dict):
+        here = (*path, _text(name))
+        file = below.get(b"") if isinstance(below, dict) else below
+        if file is None:
+            yield from _files_below(below, here)
+        elif not isinstance(file, dict) or len(below) > 1:
             raise TorrentError("its file tree is broken")
-        if name == b"":
-            yield path, _number_at(below, b"length")
         else:
-            yield from _files_below(below, (*path, _text(name)))
+            size, root = _size_of(file), file.get(b"pieces root")
+            if size and not (isinstance(root, bytes) and len(root) == 32 and any(root)):
+                raise TorrentError("a file in it has no pieces root")
+            yield here, size
+
+
+def _size_of(file):
+    """Return the bytes of a file: none for a symbolic link (BEP 47)."""
+    return 0 if "l" in _text(file.get(b"attr")) else _number_at(file, b"length")
+
+
+def _preferred(values, key, kind):
+    """Return the value of KEY.utf-8 or of KEY that has the right type, or kind()."""
+    candidates = values.get(key + b".utf-8"), values.get(key)
+    return next((each for each in candidates if isinstance(each, kind)), kind())
 
 
 def _number_at(values, key, least=0):
@@ -1174,26 +1300,23 @@ def _text(value):
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else ""
 
 
-def parse_details(metainfo, torrent):
-    """Return what the page of a Torrent shows in addition, as a dictionary.
+def parse_details(metainfo):
+    """Return what the page of a torrent shows in addition, as a dictionary.
 
     Values of a wrong type count as missing. The creation date is in seconds since 1970.
     """
-    created = metainfo.get(b"creation date")
+    outer, info = metainfo.outer, metainfo.info
+    created = outer.get(b"creation date")
     is_date = isinstance(created, int) and 0 < created < 2**33
-    seeds = metainfo.get(b"url-list")  # BEP 19
+    seeds = outer.get(b"url-list")  # BEP 19
     seeds = seeds if isinstance(seeds, list) else [seeds]
-    name = (torrent.name,)  # a torrent of a single file has no other path
     return {
-        "piece_length": metainfo[b"info"][b"piece length"],
-        "comment": _text(metainfo.get(b"comment.utf-8") or metainfo.get(b"comment")),
+        "piece_length": info[b"piece length"],
+        "comment": _text(_preferred(outer, b"comment", bytes)),
         "created": created if is_date else None,
-        "created_by": _text(metainfo.get(b"created by")),
+        "created_by": _text(outer.get(b"created by")),
         "web_seeds": [_text(seed) for seed in seeds if _text(seed)],
-        "files": [
-            {"path": path or name, "size": size}
-            for path, size in files_of(metainfo[b"info"])
-        ],
+        "files": [{"path": path, "size": size} for path, size in files_of(info)],
     }
 
 
@@ -1203,29 +1326,36 @@ def with_announce(metainfo, url):
     The other trackers follow (BEP 12), except in a private torrent, which has only one
     (BEP 27). The info dictionary keeps its bytes.
     """
-    ours, changed = url.encode(), {**metainfo}
-    others = changed.pop(b"announce-list", None) or [[metainfo.get(b"announce")]]
-    if metainfo[b"info"].get(b"private") == 1 or not isinstance(others, list):
-        others = []
-    tiers = [tier for tier in others if isinstance(tier, list)]
-    tiers = [[t for t in tier if _text(t) and t != ours] for tier in tiers]
+    ours, changed = url.encode(), {**metainfo.outer}
+    lists, former = changed.pop(b"announce-list", None), changed.get(b"announce")
+    tiers = [
+        [each for each in tier if _text(each).strip()]
+        for tier in (lists if isinstance(lists, list) else [])
+        if isinstance(tier, list)
+    ]
+    if not any(tiers) and _text(former):
+        tiers = [[former]]
+    tiers = [[each for each in tier if each != ours] for tier in tiers]
     changed[b"announce"] = ours
-    if any(tiers):
+    if any(tiers) and not metainfo.is_private():
         changed[b"announce-list"] = [[ours], *filter(None, tiers)]
-    return bencoder.bencode(changed)
+    raw = {key: bencoder.bencode(value) for key, value in changed.items()}
+    raw[b"info"] = metainfo.info_bytes
+    items = (bencoder.bencode(key) + raw[key] for key in sorted(raw))
+    return b"d%be" % b"".join(items)
 
 
 def magnet(torrent, url):
     """Return the magnet link of a Torrent, tracked at ``url`` (BEP 9, 52).
 
-    >>> torrent = Torrent("a.torrent", "a b", 5, 1, b"h" * 20, b"", 0, False)
+    >>> torrent = Torrent("a.torrent", "a b", 5, 1, "68" * 20, "", 0, False)
     >>> magnet(torrent, "http://x")[60:]
     '&dn=a%20b&xl=5&tr=http%3A%2F%2Fx'
     """
-    topics = [f"xt=urn:btih:{torrent.v1.hex()}"] if torrent.v1 else []
-    topics += [f"xt=urn:btmh:1220{torrent.v2.hex()}"] if torrent.v2 else []
+    v1 = f"xt=urn:btih:{torrent.v1}&" if torrent.v1 else ""
+    v2 = f"xt=urn:btmh:1220{torrent.v2}&" if torrent.v2 else ""
     name, url = quote(torrent.name, safe=""), quote(url, safe="")
-    return f"magnet:?{'&'.join(topics)}&dn={name}&xl={torrent.size}&tr={url}"
+    return f"magnet:?{v1}{v2}dn={name}&xl={torrent.size}&tr={url}"
 
 
 # -- Statistics -----------------------------------------------------------------------
@@ -1269,11 +1399,10 @@ class Stats:
 
     def history(self, now):
         """Return [hour, seeders, leechers, swarms] of 31 days, the oldest first."""
-        hour = now // 3600
+        hour, samples = now // 3600, []
         with suppress(OSError):
             samples = self._read()[1]
-            return [each for each in samples if 0 <= hour - each[0] < MONTH_HOURS]
-        return []
+        return [each for each in samples if 0 <= hour - each[0] < MONTH_HOURS]
 
     def merge_history(self, history, now):
         """Add the samples of hours that have none. Return how many. Raise OSError."""
@@ -1338,6 +1467,7 @@ CROWDED = 56  # peers in a page from which a new peer may go to its second page
 FILL = 40  # peers a page on average; then no page overflowed in 200,000 peers
 SPARSE = 16  # peers a page on average, below which pages are merged
 SAMPLE = 16  # pages at most in which the peers of an address are counted
+MOST_SEARCHED = 64  # pages at most that are searched for peers to hand out
 MAGIC = b"swrm\x01"  # with the version of the format
 RECOUNTS = 16  # of a swarm with several pages, in each peer_ttl
 QUIET, CHANGING, RETIRED = range(3)  # states of a swarm file
@@ -1360,7 +1490,7 @@ class DamagedError(Exception):
 
 
 class RetiredError(Exception):
-    """A swarm file was removed while this thread waited for its lock."""
+    """A swarm file was removed during a wait for its lock, or must be removed now."""
 
 
 class Record(NamedTuple):
@@ -1481,11 +1611,13 @@ class FileStore:
         """Record an Announce; return the swarm's Counts and up to ``wanted`` Peers.
 
         A peer is identified by its peer_id and counts once, with one endpoint of each
-        address family. A peer is never handed its own endpoints. A seeder is handed no
-        seeders, except for a new endpoint: aria2 with a magnet link announces left=0
-        before it has any data. Each peer adds at most one snatch.
+        address family. An endpoint belongs to one peer: if a new peer_id announces from
+        it, its client was restarted, and the old peer is removed, whatever its key.
+        A peer is never handed its own endpoints. A seeder is handed no seeders, except
+        for a new endpoint: aria2 with a magnet link announces left=0 before it has any
+        data. Each peer adds at most one snatch.
         Raise TrackerError if a limit is reached, or if the peer_id belongs to a peer
-        with another key and another address.
+        with another key and, in this family, another address.
         """
         info_hash, create = announce.info_hash, announce.event != "stopped"
         found = self._visit(info_hash, now, create, Swarm.announce, announce, wanted)
@@ -1501,7 +1633,7 @@ class FileStore:
     def swarms(self, now):
         """Yield (info_hash, Counts) of every swarm that has peers or snatches."""
         before, found, removed = self._count_swarms(), 0, 0
-        walk = self._walk(range(256), lambda: now, self._count_or_remove)
+        walk = self._walk(range(256), lambda: now, Swarm.counts_or_retire)
         for info_hash, counts in walk:
             if counts:
                 found += 1
@@ -1526,10 +1658,10 @@ class FileStore:
     def restore(self, info_hash, snatches, peers, now):
         """Merge peers and snatches that ``records`` yielded, here or on another host.
 
-        If a peer is known here, the newer sighting wins for each address family and for
-        the state; SNATCHED stays. The larger number of snatches wins. So merging twice
-        is the same as merging once. Expired peers are left out, and a peer seen in the
-        future counts as seen now.
+        A peer whose peer_id or endpoint is known here is left as it is here, because
+        clients announce again soon. The larger number of snatches wins. So merging
+        twice is the same as merging once. Expired peers are left out, and a peer seen
+        in the future counts as seen now.
         Return how many peers are (kept, expired, refused by max_peers or
         max_peers_per_address); raise TrackerError if there are too many swarms.
         """
@@ -1537,9 +1669,9 @@ class FileStore:
         live = [(unexpired(record, cutoff, now), seeder) for record, seeder in known]
         live = [(record, seeder) for record, seeder in live if record]
         create = bool(live or snatches)
-        refused = self._visit(info_hash, now, create, Swarm.restore, snatches, live)
-        kept = len(live) - (refused or 0)
-        return kept, len(known) - len(live), len(live) - kept
+        done = self._visit(info_hash, now, create, Swarm.restore, snatches, live)
+        refused = done or 0
+        return len(live) - refused, len(known) - len(live), refused
 
     def last_seen(self, info_hash, now):
         """Return roughly when a peer last announced, 0 if that is unknown."""
@@ -1549,7 +1681,7 @@ class FileStore:
         """Do a little housekeeping: go through the next of the 256 folders."""
         self._next = (self._next + 1) % 256
         with suppress(OSError):  # the next announce to that swarm reports it
-            for _ in self._walk([self._next], lambda: now, self._count_or_remove):
+            for _ in self._walk([self._next], lambda: now, Swarm.counts_or_retire):
                 pass
 
     def probe(self):
@@ -1573,13 +1705,6 @@ class FileStore:
                     info_hash = bytes.fromhex(name)
                     yield info_hash, self._visit(info_hash, clock(), False, work)
 
-    def _count_or_remove(self, swarm):
-        """Return Counts; remove a swarm that can be forgotten, and return None."""
-        if not swarm.is_forgettable():
-            return swarm.counts()
-        swarm.retire()
-        return self._remove(swarm)
-
     def _visit(self, info_hash, now, create, work, *arguments):
         """Return ``work(swarm, *arguments)``, done while the swarm is locked.
 
@@ -1597,15 +1722,15 @@ class FileStore:
             try:
                 fcntl.flock(swarm.fd, fcntl.LOCK_EX)
                 if swarm.map is None and swarm.head and self._is_mappable:
-                    swarm.map_file()  # at the second visit
+                    # At the second visit, if it has content and a descriptor is left.
+                    with suppress(OSError, ValueError):
+                        swarm.map = mmap.mmap(swarm.fd, 0)
                 swarm.begin(now)
                 return work(swarm, *arguments)
-            except RetiredError:
-                self._remove(swarm)
-            except DamagedError as error:
-                self._set_aside(swarm, error)
+            except (RetiredError, DamagedError) as error:
+                self._remove(swarm, error)
             except BaseException:
-                swarm.head = None  # memory may differ from the file now
+                swarm.head = b""  # memory may differ from the file now
                 raise
             finally:
                 if swarm.first:
@@ -1617,12 +1742,9 @@ class FileStore:
 
     def _close_old(self, now):
         """Once a second, close files that had no announce for ten seconds."""
-        kept = list(self._open.items())
-        self._open = {
-            info_hash: swarm
-            for info_hash, swarm in kept
-            if -60 < now - swarm.opened < 20  # other threads may be behind
-        }
+        known = list(self._open.items())
+        # Other threads may be behind.
+        self._open = {key: each for key, each in known if -60 < now - each.opened < 20}
         self._now = now
 
     def _find(self, info_hash, create):
@@ -1677,35 +1799,29 @@ class FileStore:
         with suppress(FileExistsError):  # another process has just created it
             self._count_swarms(create)
 
-    def _remove(self, swarm):
-        """Remove a retired swarm, if no other process has done that."""
-        self._open.pop(swarm.info_hash, None)
-        if self._is_in_place(swarm):
-            os.unlink(swarm.path)
-            self._count_swarms(lambda number: number - 1)
+    def _remove(self, swarm, error):
+        """Remove a swarm after a RetiredError; after a DamagedError, keep it aside.
 
-    def _set_aside(self, swarm, error):
-        """Move a corrupt swarm to damaged/, unless another process has done that."""
+        Do nothing if another process has done that.
+        """
         self._open.pop(swarm.info_hash, None)
-        if not self._is_in_place(swarm):
-            return
-        os.makedirs(f"{self.folder}/damaged", 0o700, exist_ok=True)
-        aside = f"{self.folder}/damaged/{swarm.info_hash.hex()}"
-        # Other processes may have the file open without having noticed the damage. This
-        # makes the checksum of its head wrong for them.
-        write_at(swarm.fd, bytes((RETIRED,)), _CHECKED - 1)
-        os.replace(swarm.path, aside)
-        log.error(
-            "swarm file %s was damaged: %s. It is kept as %s", swarm.path, error, aside
-        )
-        self._count_swarms(lambda number: number - 1)
-
-    def _is_in_place(self, swarm):
-        """Return True if the path of a swarm still leads to its open file."""
         try:
-            return os.path.samestat(os.stat(swarm.path), os.fstat(swarm.fd))
+            if not os.path.samestat(os.stat(swarm.path), os.fstat(swarm.fd)):
+                return  # the path leads to another file
         except FileNotFoundError:
-            return False
+            return
+        if isinstance(error, DamagedError):
+            aside = f"{self.folder}/damaged/{swarm.info_hash.hex()}"
+            os.makedirs(os.path.dirname(aside), 0o700, exist_ok=True)
+            # Other processes may have the file open without having noticed the damage.
+            # This makes the checksum of its head wrong for them.
+            write_at(swarm.fd, bytes((RETIRED,)), _CHECKED - 1)
+            os.replace(swarm.path, aside)
+            text = "swarm file %s was damaged: %s. It is kept as %s"
+            log.error(text, swarm.path, error, aside)
+        else:
+            os.unlink(swarm.path)
+        self._count_swarms(lambda number: number - 1)
 
     def _count_swarms(self, change=None):
         """Return the number of swarms; first replace it by ``change(number)``."""
@@ -1739,9 +1855,8 @@ class Swarm:
         self.path, self.opened, self.lock = path, now, Lock()
         self.info_hash, self.settings = info_hash, settings
         self.map = None  # the file as memory
-        self.first, self.head = None, None  # page 0, and its first bytes as last read
+        self.first, self.head = None, b""  # page 0, and its first bytes in the file
         self.loaded = {}  # other pages by number
-        self.due = 0  # when _maintain has something to do
 
     def __del__(self, close=os.close):  # os may be gone when Python exits
         # Close it only here, because another thread may still use this Swarm.
@@ -1764,20 +1879,9 @@ class Swarm:
         if now >= self.due:
             self._maintain()
 
-    def map_file(self):
-        """Map the file into memory, if it has content and a descriptor is left."""
-        with suppress(OSError, ValueError):
-            self.map = mmap.mmap(self.fd, 0)
-
-    def _read(self, number):
-        """Return the 4096 bytes of a page, fewer at the end of the file."""
-        at = number * PAGE
-        data = self.map and self.map[at : at + PAGE]
-        return data or os.pread(self.fd, PAGE, at)  # a new page is not mapped yet
-
     def _read_first(self, data):
         """Read the head of the swarm from the first page; ``data`` is its bytes."""
-        self.head, self.due = None, 0
+        self.head, self.due = b"", 0  # due is when _maintain has something to do
         if not data:  # the file was created a moment ago
             head = self.info_hash, os.urandom(8), 1, 0, 0, 0, 0, 0, self.now, QUIET
             raw = _SWARM_HEAD.pack(*head)
@@ -1804,14 +1908,14 @@ class Swarm:
 
     def _maintain(self):
         """Forget expired peers and recount if that is due; set ``due`` again."""
-        now, ttl = self.now, self.settings.peer_ttl
-        if self.first.is_outdated(now - ttl, now):
-            self._forget_expired(self.first)
-        # The second limit notices a clock that was set back.
+        first, now, ttl = self.first, self.now, self.settings.peer_ttl
+        # Here and below, the second limit notices a clock that was set back.
+        if first.peers and (first.oldest < now - ttl or max(first.seen()) > now):
+            self._forget_expired(first)
         is_due = not now < self.recount_at <= now + ttl // RECOUNTS
         if (is_due and self.pages > 1) or self.state == CHANGING:
             self._recount()
-        due = (self.first.oldest or now) + ttl + 1
+        due = (first.oldest or now) + ttl + 1
         self.due = due if self.pages == 1 else min(due, self.recount_at)
 
     # What can be done with a swarm
@@ -1825,9 +1929,7 @@ class Swarm:
             own, is_new = self._record(announce, seeder)
         if announce.event == "stopped" or not wanted:
             return self.counts(), NO_PEERS
-        seeders_too = is_new or not seeder
-        pick = self.first.pick if self.pages == 1 else self._pick_from_pages
-        peers = pick(wanted, seeders_too, own, not announce.compact)
+        peers = self._pick(wanted, is_new or not seeder, own, not announce.compact)
         return self.counts(), Peers(*peers)
 
     def _renew(self, announce, seeder):
@@ -1838,30 +1940,34 @@ class Swarm:
         """
         endpoint = endpoint_of(announce)
         if len(endpoint) == 6:
-            column, width, seen_at = _ENDS4, 6, _SEEN4_AT
+            first, width, seen_at = _ENDS4, 6, _SEEN4_AT
         else:
-            column, width, seen_at = _ENDS6, 18, _SEEN6_AT
-        for page in self._home_pages(announce.peer_id):
-            data = page.data
-            at = data[column : column + page.peers * width].find(endpoint)
+            first, width, seen_at = _ENDS6, 18, _SEEN6_AT
+        page = self.first
+        views = ((0, page.data, 0, page.peers, page.leechers),)
+        if self.pages > 1:  # read one by one
+            views = ((n, *self._view(n)) for n in self._homes(announce.peer_id))
+        for number, data, start, peers, leechers in views:
+            column = start + first
+            at = data[column : column + peers * width].find(endpoint)
             slot, rest = divmod(at, width)
             record_at = _RECORDS + slot * _RECORD.size
             if at < 0 or rest:  # not found, or by chance across two endpoints
                 continue
-            peer_id, key, state = _IDENTITY.unpack_from(data, record_at)
+            peer_id, key, state = _IDENTITY.unpack_from(data, start + record_at)
             if (
                 peer_id == announce.peer_id
                 and key == announce.key
                 and not state & PARTIAL
-                and (slot >= page.leechers) == seeder
+                and (slot >= leechers) == seeder
             ):
                 seen = self.now.to_bytes(4, "little")
-                at = page.number * PAGE + record_at + seen_at
+                at = number * PAGE + record_at + seen_at
                 if self.map and at < len(self.map):
                     self.map[at : at + 4] = seen
                 else:
                     write_at(self.fd, seen, at)
-                at4, at6 = _ENDS4 + slot * 6, _ENDS6 + slot * 18
+                at4, at6 = start + _ENDS4 + slot * 6, start + _ENDS6 + slot * 18
                 return without_zeros(data[at4 : at4 + 6], data[at6 : at6 + 18])
         return None
 
@@ -1870,38 +1976,53 @@ class Swarm:
 
         The endpoints are as Record.endpoints returns them.
         """
-        is_stopped = announce.event == "stopped"
+        is_stopped, endpoint = announce.event == "stopped", endpoint_of(announce)
         page, slot = self._locate(announce.peer_id)
-        # 1. Find the peer's Record, or room for it.
+        # 1. Find the peer's Record.
+        old, was_leecher = _ABSENT, False
         if slot >= 0:
             old, was_leecher = page[slot], slot < page.leechers
-            # A client keeps its key when it moves (BEP 7), and its address when it
-            # restarts. If both differ, another client uses this peer_id.
-            known = old.endpoint4 if len(announce.address) == 4 else old.endpoint6
-            is_same_key = not old.key or old.key == announce.key
-            if not is_same_key and known[:-2] != announce.address:
-                reason = "peer_id is in use with another key: restart your client"
-                raise TrackerError(reason, kind="key")
         elif is_stopped:
             return (b"", b""), False
-        else:
-            old, was_leecher = _ABSENT, False
-            self._refuse_excess(page, announce.address)
+        known = old.endpoint4 if len(endpoint) == 6 else old.endpoint6
+        # 2. A client keeps its key when it moves (BEP 7), and its address when it
+        #    restarts. If both differ, another client uses this peer_id. qBittorrent 4.2
+        #    has one key for each family, so a family without an endpoint is free.
+        if slot >= 0 and known[:-2] != announce.address:
+            is_taking = any(known) or is_stopped
+            if is_taking and old.key not in (0, announce.key):
+                reason = "peer_id is in use with another key: restart your client"
+                raise TrackerError(reason, kind="key")
+            announce = announce._replace(key=old.key or announce.key)
+        # 3. Remove the peer that has this endpoint: it is this client before a restart.
+        #    If the process is killed before step 5, the client announces again.
+        is_moved = known != endpoint and not is_stopped
+        owner = self._owner(endpoint, page.number) if is_moved else None
+        if owner:
+            former_page, former_slot = owner
+            if slot < 0:
+                was_leecher = former_slot < former_page.leechers
+            former = former_page.remove(former_slot)
+            self._save(former_page)
+            old = old._replace(state=old.state | former.state & SNATCHED)
+            page, slot = self._locate(announce.peer_id)
+        # 4. Find room for a new peer, and change its Record. rTorrent may finish
+        #    without "completed"; then its next announce has left=0.
+        if slot < 0:
+            if not owner:
+                self._refuse_excess(page, announce.address)
             page = self._page_with_room(announce.peer_id)
-        # 2. Change it. rTorrent may finish without sending "completed"; then its next
-        #    announce has left=0.
         new = updated(old, announce, self.now)
         if seeder and was_leecher:
             new = new._replace(state=new.state | SNATCHED)
         self.snatches += (new.state & ~old.state) // SNATCHED
-        # 3. Write it.
+        # 5. Write it.
         if slot >= 0:
             page.remove(slot)
         if not is_stopped:
             page.add(new, seeder)
         self._save(page)
-        is_new = (new.seen4 and not old.seen4) or (new.seen6 and not old.seen6)
-        return new.endpoints(), is_new or announce.event == "started"
+        return new.endpoints(), not any(known) or announce.event == "started"
 
     def counts(self):
         peers, leechers, partial_seeds = self.tally
@@ -1921,39 +2042,35 @@ class Swarm:
         refused, self.snatches = 0, max(snatches, self.snatches)
         for record, seeder in peers:
             page, slot = self._locate(record.peer_id)
-            if slot >= 0:
-                known = page[slot], slot >= page.leechers
-                record, seeder = both = merged(*known, record, seeder)
-                if both == known:
-                    continue
-                page.remove(slot)
-            else:
-                try:
-                    for endpoint in filter(None, record.endpoints()):
-                        self._refuse_excess(page, endpoint[:-2])
-                except TrackerError:
-                    refused += 1
-                    continue
+            ends = record.endpoints()
+            if slot >= 0 or any(self._owner(end, page.number) for end in ends):
+                continue
+            try:
+                for end in filter(None, ends):
+                    self._refuse_excess(page, end[:-2])
                 page = self._page_with_room(record.peer_id)
-            page.add(record, seeder)
-            self._save(page)
-        if self._head() != self.first.data[_PAGE_HEAD.size : _HEADS]:
+                page.add(record, seeder)
+                self._save(page)
+            except TrackerError:
+                refused += 1
+        if self._head() != self.head[_PAGE_HEAD.size :]:
             self._save(self.first)
         return refused
 
-    def is_forgettable(self):
-        """Return True if the swarm has no peers and nothing else worth keeping."""
-        kept = self.settings.swarm_ttl if self.snatches else 0
-        return not self.tally[0] and self.now >= self.emptied + kept
+    def counts_or_retire(self):
+        """Return Counts if the swarm has peers, or anything else worth keeping.
 
-    def retire(self):
-        """Tell other processes that have the file open not to use it any more.
-
-        If this process is killed now, the next process to find the file removes it.
+        If not, tell other processes that have the file open not to use it any more, and
+        raise RetiredError. If this process is killed then, the next process to find the
+        file removes it.
         """
+        kept = self.settings.swarm_ttl if self.snatches else 0
+        if self.tally[0] or self.now < self.emptied + kept:
+            return self.counts()
         self.state = RETIRED
         self._write(self.first)
-        self.head = None  # for a thread that waits for the lock of this Swarm
+        self.head = b""  # for a thread that waits for the lock of this Swarm
+        raise RetiredError
 
     def _refuse_excess(self, page, address):
         """Raise TrackerError if the swarm, or an address in it, has too many peers.
@@ -1979,25 +2096,73 @@ class Swarm:
             reason = f"your address has {most} peers in this swarm already"
             raise TrackerError(reason, kind="full")
 
-    def _pick_from_pages(self, wanted, *criteria):
-        """Return up to ``wanted`` peers; the criteria go to Page.pick unchanged.
+    def _pick(self, wanted, seeders_too, own, with_ids):
+        """Return up to ``wanted`` peers as the columns of Peers.
 
-        They come from one random page, and from the pages behind it if that has less
-        than half of them.
+        In the order of the pages, they follow each other from a random peer on. So all
+        peers are equally likely. In a swarm of more than 2,500 peers, a reply to a
+        seeder may lack leechers that are rare. ``own`` are the endpoints of the peer
+        that asks, as Record.endpoints returns them. They are left out, and so are peers
+        without a port in its families.
         """
-        # If few are wanted, choose a page in proportion to its peers. Otherwise the
-        # peers of a page with few of them would be handed out more often.
-        start = int(random() * self.pages)
-        if wanted < FILL and random() * SLOTS >= self._page(start).peers:
-            start = int(random() * self.pages)
-        found = self._page(start).pick(wanted, *criteria)
-        for number in range(start + 1, start + min(self.pages, 2 + wanted // SPARSE)):
-            missing = wanted - (len(found[1]) // 6 or len(found[2]) // 18)
-            if missing <= wanted // 2:
+        size = 2 if seeders_too else 3  # in the values of _view
+        if self.pages == 1:
+            pool = self.first.peers if seeders_too else self.first.leechers
+            ids, ends4, ends6 = columns_of(self.first.data, 0, 0, pool, own, with_ids)
+            count, ids, ends4, ends6 = usable_peers(ids, ends4, ends6, own)
+            if count <= wanted:
+                return ids, ends4, ends6
+            return run_of_peers(int(random() * count), wanted, ids, ends4, ends6)
+        # 1. Choose a page in proportion to its peers. Half more than the average is the
+        #    most that counts, so two pages of three are taken.
+        most = 1 + 3 * self.tally[size - 2] // (2 * self.pages)
+        for _ in range(16):
+            first = int(random() * self.pages)
+            view = self._view(first)
+            if random() * most < view[size]:
                 break
-            more = self._page(number % self.pages).pick(missing, *criteria)
-            found = tuple(map(add, found, more))
-        return found
+        # 2. Go on from a random peer in it, and end with the peers before that one.
+        slot = skipped = int(random() * view[size])
+        missing, columns = wanted + 1, (b"", b"", b"")  # one may be the peer itself
+        number, last = first, first + min(self.pages, MOST_SEARCHED + wanted // SPARSE)
+        while True:
+            pool = skipped if number == first + self.pages else view[size]
+            stop = min(pool, slot + missing)
+            if stop > slot:
+                more = columns_of(*view[:2], slot, stop, own, with_ids)
+                columns, missing = tuple(map(add, columns, more)), missing - stop + slot
+            if not missing or number == last:
+                count, *columns = usable_peers(*columns, own)
+                missing = wanted - count
+                if missing <= 0 or number == last and stop >= pool:
+                    return run_of_peers(0, min(wanted, count), *columns)
+            slot = stop
+            if slot >= pool:
+                number, slot = number + 1, 0
+                view = self._view(number % self.pages)
+
+    def _owner(self, endpoint, near):
+        """Return (page, slot) of the peer that has an endpoint, or None.
+
+        Only 128 pages around page number ``near`` are searched, in 0.1 ms. So in a
+        swarm of more than 5,000 peers, the old peer of a client that was restarted may
+        stay until it expires.
+        """
+        if endpoint[-2:] in (b"", b"\0\0"):  # many peers may have an unusable port
+            return None
+        column, width = (_ENDS4, 6) if len(endpoint) == 6 else (_ENDS6, 18)
+        searched, mapped = min(self.pages, 128), self.map
+        for number in range(near - searched // 2, near + (searched + 1) // 2):
+            number %= self.pages
+            at = number * PAGE + column
+            raw = mapped[at : at + SLOTS * width] if mapped else b""
+            if raw and endpoint not in raw:
+                continue
+            page = self._page(number)
+            data = page.data[column : column + page.peers * width]
+            if (slot := find_item(data, endpoint, width)) >= 0:
+                return page, slot
+        return None
 
     # Which page a peer is in
 
@@ -2019,16 +2184,11 @@ class Swarm:
             second if second < self.pages else second - whole // 2,
         )
 
-    def _home_pages(self, peer_id):
-        """Return the one or two pages that a peer may be in, read one by one."""
-        if self.pages == 1:
-            return (self.first,)
-        return map(self._page, self._homes(peer_id))
-
     def _locate(self, peer_id):
         """Return (page, slot) of a peer, or (one of its pages, -1)."""
-        for page in self._home_pages(peer_id):
-            slot = page.find(peer_id)
+        for page in map(self._page, self._homes(peer_id)):  # read one by one
+            records = page.data[_RECORDS : _RECORDS + page.peers * _RECORD.size]
+            slot = find_item(records, peer_id, _RECORD.size)
             if slot >= 0:
                 break
         return page, slot
@@ -2036,7 +2196,7 @@ class Swarm:
     def _page_with_room(self, peer_id):
         """Return the page for a new peer; add pages as the swarm grows."""
         while True:
-            homes = list(self._home_pages(peer_id))
+            homes = list(map(self._page, self._homes(peer_id)))
             is_crowded = homes[0].peers >= CROWDED
             page = min(homes, key=Page.counts) if is_crowded else homes[0]
             is_dense = self.pages > 1 and self.tally[0] >= self.pages * FILL
@@ -2048,8 +2208,7 @@ class Swarm:
         """Add a page, and move to it the peers of one other page that belong there."""
         source = self._page(self.pages - (1 << self.pages.bit_length() - 1))
         head = _PAGE_HEAD.pack(MAGIC, 0, 0, 0, self.pages, 0)
-        target = Page(self.pages, head.ljust(PAGE, b"\0"))
-        self.loaded[self.pages] = target
+        self.loaded[self.pages] = target = Page(self.pages, head.ljust(PAGE, b"\0"))
         self.pages += 1
         for slot in reversed(range(source.peers)):
             if source.number not in self._homes(source[slot].peer_id):
@@ -2065,7 +2224,7 @@ class Swarm:
         self.pages -= 1
         source, homes = self._page(self.pages), {}
         for record, seeder in source:
-            page = min(self._home_pages(record.peer_id), key=Page.counts)
+            page = min(map(self._page, self._homes(record.peer_id)), key=Page.counts)
             page.add(record, seeder)
             homes[page.number] = page
         source.peers = source.leechers = source.partial_seeds = 0
@@ -2081,11 +2240,31 @@ class Swarm:
             return self.first
         page = self.loaded.get(number)
         if page is None:
-            page = Page(number, self._read(number))
-            self.loaded[number] = page
+            at = number * PAGE
+            data = self.map and self.map[at : at + PAGE]
+            data = data or os.pread(self.fd, PAGE, at)  # a new page is not mapped yet
+            self.loaded[number] = page = Page(number, data)
             if 0 < page.oldest < self.now - self.settings.peer_ttl:
                 self._forget_expired(page)
         return page
+
+    def _view(self, number):
+        """Return (data, start, peers, leechers) of a page without its expired peers.
+
+        The page begins at ``start`` in ``data``. That is the mapped file if possible,
+        because a page of a large swarm is in no cache of the CPU: to copy it all would
+        take a microsecond.
+        """
+        if not number:
+            return self.first.data, 0, self.first.peers, self.first.leechers
+        at = number * PAGE
+        if self.map and at < len(self.map) and number not in self.loaded:
+            magic, peers, leechers, *_, oldest = _PAGE_HEAD.unpack_from(self.map, at)
+            is_current = not 0 < oldest < self.now - self.settings.peer_ttl
+            if is_current and magic == MAGIC and leechers <= peers <= SLOTS:
+                return self.map, at, peers, leechers
+        page = self._page(number)
+        return page.data, 0, page.peers, page.leechers
 
     def _all_pages(self):
         """Yield all pages; keep only one of them in memory."""
@@ -2094,7 +2273,18 @@ class Swarm:
             yield self._page(number)
 
     def _forget_expired(self, page):
-        page.forget(self.now - self.settings.peer_ttl, self.now)
+        """Forget the expired endpoints in a page, and peers left without one.
+
+        A peer seen in the future counts as seen now: the clock was set back.
+        """
+        for slot in reversed(range(page.peers)):
+            record = page[slot]
+            current = unexpired(record, self.now - self.settings.peer_ttl, self.now)
+            if current is None:
+                page.remove(slot)
+            elif current != record:
+                page[slot] = current
+        page.oldest = min(filter(None, page.seen()), default=0)
         self._save(page)
 
     def _recount(self):
@@ -2103,11 +2293,10 @@ class Swarm:
         After a kill a peer may be in two pages. It stays in one where it belongs.
         """
         is_torn, met = self.state == CHANGING, set()
-        self.state = QUIET
         with self._changing():
             tally = 0, 0, 0
             for page in self._all_pages():
-                if page.is_outdated(0, self.now):
+                if max(page.seen(), default=0) > self.now:  # the clock was set back
                     self._forget_expired(page)
                 for slot in reversed(range(page.peers)) if is_torn else ():
                     peer_id = page[slot].peer_id
@@ -2136,8 +2325,8 @@ class Swarm:
     def _save(self, page):
         """Write a changed page, and the head if the counts change with it."""
         self._count(page)
-        head = self.first.data[_PAGE_HEAD.size : _HEADS]
-        if page is self.first or self._head() == head:
+        is_alone = page is self.first or self._head() == self.head[_PAGE_HEAD.size :]
+        if is_alone or self.state == CHANGING:
             self._write(page)
         else:
             with self._changing():
@@ -2149,9 +2338,6 @@ class Swarm:
 
         If the process is killed meanwhile, the next process recounts the swarm.
         """
-        if self.state == CHANGING:
-            yield
-            return
         self.state = CHANGING
         self._write_head()
         yield
@@ -2159,24 +2345,24 @@ class Swarm:
         self._write_head()
 
     def _write(self, page):
-        """Write a page, and with page 0 the head.
+        """Write a page, and with page 0 the head; raise DamagedError.
 
         This is one write: after a kill the file has all of it or nothing.
         """
-        page.seal()
+        if not 0 <= page.partial_seeds <= page.leechers:
+            raise DamagedError(f"page {page.number} miscounts its partial seeds")
+        head = _PAGE_HEAD.pack(MAGIC, *page.counts(), page.number, page.oldest)
         if page is self.first:
-            self._put_head()
+            head += self._head()
+            self.head, self.due = head, 0
+        page.data = head + page.data[len(head) : PAGE]  # bytes again, as replies are
         write_at(self.fd, page.data, page.number * PAGE)
 
     def _write_head(self):
-        write_at(self.fd, self._put_head(), _PAGE_HEAD.size)
-
-    def _put_head(self):
-        """Put the head of the swarm into page 0, and return it."""
+        """Write the head alone: _renew changes a page in the file, not in memory."""
         head = self._head()
-        self.first.put(_PAGE_HEAD.size, head)
-        self.head, self.due = self.first.data[:_HEADS], 0
-        return head
+        self.head, self.due = self.head[: _PAGE_HEAD.size] + head, 0
+        write_at(self.fd, head, _PAGE_HEAD.size)
 
     def _head(self):
         """Return the head of the swarm, with its checksum."""
@@ -2214,21 +2400,6 @@ class Page:
     def counts(self):
         """Return (peers, leechers among them, partial seeds among the leechers)."""
         return self.peers, self.leechers, self.partial_seeds
-
-    def seal(self):
-        """Write the counts into the head of ``data``; raise DamagedError."""
-        if not 0 <= self.partial_seeds <= self.leechers:
-            raise DamagedError(f"page {self.number} miscounts its partial seeds")
-        self.put(0, _PAGE_HEAD.pack(MAGIC, *self.counts(), self.number, self.oldest))
-
-    def put(self, at, data):
-        """Replace the bytes from ``at`` on. The page is bytes again, as replies are."""
-        self.data = b"".join((self.data[:at], data, self.data[at + len(data) : PAGE]))
-
-    def find(self, peer_id):
-        """Return the slot of a peer, or -1."""
-        records = self.data[_RECORDS : _RECORDS + self.peers * _RECORD.size]
-        return find_item(records, peer_id, _RECORD.size)
 
     def __getitem__(self, slot):
         data, at4, at6 = self.data, _ENDS4 + slot * 6, _ENDS6 + slot * 18
@@ -2275,24 +2446,6 @@ class Page:
         """Return seen4 and seen6 of each slot, in one flat tuple."""
         return _SEEN.unpack_from(self.data, _RECORDS)[: 2 * self.peers]
 
-    def is_outdated(self, cutoff, now):
-        """Return True if a peer may have expired, or was seen in the future."""
-        return self.peers and (self.oldest < cutoff or max(self.seen()) > now)
-
-    def forget(self, cutoff, now):
-        """Forget endpoints last seen before ``cutoff``, and peers left without one.
-
-        A peer seen after ``now`` counts as seen now: the clock was set back.
-        """
-        for slot in reversed(range(self.peers)):
-            record = self[slot]
-            current = unexpired(record, cutoff, now)
-            if current is None:
-                self.remove(slot)
-            elif current != record:
-                self[slot] = current
-        self.oldest = min(filter(None, self.seen()), default=0)
-
     def count_from(self, address):
         """Return how many peers have an IPv4 address, or the /64 of an IPv6 one."""
         if len(address) == 4:
@@ -2301,30 +2454,45 @@ class Page:
             sources = _PREFIXES6.unpack_from(self.data, _ENDS6)
         return sources[: self.peers].count(address[:8])
 
-    def pick(self, wanted, seeders_too, own, with_ids):
-        """Return up to ``wanted`` random peers as the columns of Peers.
 
-        ``own`` are the endpoints of the peer that asks, as Record.endpoints returns
-        them. They are left out, and so are peers without a port in its families.
-        """
-        data, (own4, own6) = self.data, own
-        pool = self.peers if seeders_too else self.leechers
-        ids = b"".join(_IDS.unpack_from(data, _RECORDS)[:pool]) if with_ids else b""
-        ends4 = data[_ENDS4 : _ENDS4 + pool * 6] if own4 else b""
-        ends6 = data[_ENDS6 : _ENDS6 + pool * 18] if own6 else b""
-        # 1. A zero byte there means a port below 256, or none. If there is no zero in
-        #    one family, all peers can be reached.
-        if not (own4 and 0 not in ends4[4::6] or own6 and 0 not in ends6[16::18]):
-            ids, ends4, ends6, pool = only_reachable(ids, ends4, ends6)
-        # 2. Other peers may have the same endpoint: behind a proxy, for example.
-        while (slot := find_item(ends4, own4, 6)) >= 0 or (
-            own6 and (slot := find_item(ends6, own6, 18)) >= 0
-        ):
-            pool -= 1
-            ids, ends4, ends6 = run_of_peers(slot + 1, pool, ids, ends4, ends6)
-        if pool <= wanted:
-            return ids, ends4, ends6
-        return run_of_peers(int(random() * pool), wanted, ids, ends4, ends6)
+def columns_of(data, start, slot, stop, own, with_ids):
+    """Return the columns of Peers for slots from ``slot`` to before ``stop``.
+
+    The page begins at ``start`` in ``data``. ``own`` says which families are wanted.
+    """
+    own4, own6 = own
+    ids, at4, at6 = b"", start + _ENDS4, start + _ENDS6
+    if with_ids:
+        ids = b"".join(_IDS.unpack_from(data, start + _RECORDS)[slot:stop])
+    ends4 = data[at4 + slot * 6 : at4 + stop * 6] if own4 else b""
+    ends6 = data[at6 + slot * 18 : at6 + stop * 18] if own6 else b""
+    return ids, ends4, ends6
+
+
+def usable_peers(ids, ends4, ends6, own):
+    """Return the number of peers that the one with the endpoints ``own`` can use.
+
+    Their columns follow.
+    """
+    own4, own6 = own
+    # 1. A zero byte there means a port below 256, or none. If there is no zero in one
+    #    family, all peers can be reached. If not, leave out peers that have no port.
+    if not (own4 and 0 not in ends4[4::6] or own6 and 0 not in ends6[16::18]):
+        ports4 = map(or_, ends4[4::6], ends4[5::6])
+        ports6 = map(or_, ends6[16::18], ends6[17::18])
+        slots = [i for i, ports in enumerate(zip_longest(ports4, ports6)) if any(ports)]
+        ids, ends4, ends6 = (
+            b"".join([column[i * width : (i + 1) * width] for i in slots])
+            for column, width in ((ids, 20), (ends4, 6), (ends6, 18))
+        )
+    pool = len(ends4) // 6 or len(ends6) // 18
+    # 2. Behind a proxy without a port, other peers may have the same endpoint.
+    while (slot := find_item(ends4, own4, 6)) >= 0 or (
+        own6 and (slot := find_item(ends6, own6, 18)) >= 0
+    ):
+        pool -= 1
+        ids, ends4, ends6 = run_of_peers(slot + 1, pool, ids, ends4, ends6)
+    return pool, ids, ends4, ends6
 
 
 def find_item(column, wanted, width):
@@ -2346,18 +2514,6 @@ def run_of_peers(first, count, ids, ends4, ends6):
         ends4 and (ends4 + ends4)[first * 6 : last * 6],
         ends6 and (ends6 + ends6)[first * 18 : last * 18],
     )
-
-
-def only_reachable(ids, ends4, ends6):
-    """Return the columns without peers that have no port, and how many are left."""
-    ports4 = map(or_, ends4[4::6], ends4[5::6])
-    ports6 = map(or_, ends6[16::18], ends6[17::18])
-    slots = [i for i, ports in enumerate(zip_longest(ports4, ports6)) if any(ports)]
-
-    def keep(column, width):
-        return b"".join([column[i * width : (i + 1) * width] for i in slots])
-
-    return keep(ids, 20), keep(ends4, 6), keep(ends6, 18), len(slots)
 
 
 def is_seeder(announce):
@@ -2400,25 +2556,13 @@ def unexpired(record, cutoff, now):
     An endpoint has expired if it was last seen before ``cutoff``. If it was seen after
     ``now``, it counts as seen now.
     """
-    seen4, seen6 = (
-        min(seen, now) if seen >= cutoff else 0 for seen in (record.seen4, record.seen6)
-    )
+    seen4 = min(record.seen4, now) if record.seen4 >= cutoff else 0
+    seen6 = min(record.seen6, now) if record.seen6 >= cutoff else 0
     if not (seen4 or seen6):
         return None
     endpoint4 = record.endpoint4 if seen4 else _NO_ENDPOINT4
     endpoint6 = record.endpoint6 if seen6 else _NO_ENDPOINT6
     return Record(*record[:3], seen4, seen6, endpoint4, endpoint6)
-
-
-def merged(old, was_seeder, new, is_seeder):
-    """Return (Record, is_seeder) from what two trackers know of one peer."""
-    is_newer = max(new.seen4, new.seen6) > max(old.seen4, old.seen6)
-    latest, seeder = (new, is_seeder) if is_newer else (old, was_seeder)
-    state = latest.state | (old.state | new.state) & SNATCHED
-    over4 = new if new.seen4 > old.seen4 else old
-    over6 = new if new.seen6 > old.seen6 else old
-    endpoints = over4.endpoint4, over6.endpoint6
-    return Record(*latest[:2], state, over4.seen4, over6.seen6, *endpoints), seeder
 
 
 def file_system(folder):
@@ -2471,8 +2615,6 @@ import flask  # noqa: E402
 from flask import Blueprint, current_app, render_template, request  # noqa: E402
 from flask.logging import default_handler, has_level_handler  # noqa: E402
 from jinja2 import DictLoader  # noqa: E402
-from jinja2.filters import do_filesizeformat  # noqa: E402
-from markupsafe import Markup  # noqa: E402
 from werkzeug.exceptions import HTTPException, ServiceUnavailable  # noqa: E402
 from werkzeug.http import http_date  # noqa: E402
 from werkzeug.middleware.proxy_fix import ProxyFix  # noqa: E402
@@ -2502,16 +2644,15 @@ code { background: var(--soft); user-select: all }
 dt, .faint { color: var(--faint) } .bad { color: var(--bad); white-space: nowrap }
 .about { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.25rem }
 .button { padding: .5rem 1rem; border: 1px solid; border-radius: .3rem }
-form { align-items: end } .search { flex: 1 1 14rem } select { max-width: 16rem }
+form { align-items: end } .search { flex: 1 1 14rem }
 label { display: grid; color: var(--faint); font-size: .875rem }
 input, select, button { box-sizing: border-box; height: 2.5rem; max-width: 100%;
   padding: 0 .6rem; font: inherit; color: var(--text); background: var(--back);
   border: 1px solid var(--faint); border-radius: .3rem }
 table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums }
 tr { vertical-align: top; border-bottom: 1px solid var(--line) }
-th, td { padding: .5rem .4rem; text-align: right; white-space: nowrap }
-tr > :first-child { width: 100%; padding-left: 0; text-align: left;
-  white-space: normal }
+th, td { padding: .5rem .4rem } tr > * + * { text-align: right; white-space: nowrap }
+tr > :first-child { width: 100%; padding-left: 0; text-align: left }
 [aria-sort=ascending]::after { content: " ▲" }
 [aria-sort=descending]::after { content: " ▼" }
 @media (max-width: 40rem) { thead { display: none }
@@ -2523,6 +2664,8 @@ footer { margin-top: 3rem } footer a, small a { margin-right: .5rem }
 
 TEMPLATES = {
     "base.html": """\
+{% set settings = tracker.settings -%}
+{% set root = request.script_root ~ "/" -%} {# path that the tracker is mounted at -#}
 <!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -2554,25 +2697,16 @@ TEMPLATES = {
 <p>This is a BitTorrent tracker. It helps people who share the same torrent find each
 other. It stores no files. {% if tracker.catalogue.is_open() %}It is open: it tracks any
 torrent that clients announce.{% else %}It tracks only the torrents that its operator
-has added.{% endif %} Announce URL:</p>
-<p class="block"><code>{{ request.url_root }}announce</code></p>
+has added. If a client announced a torrent before that, use "Force reannounce" in it.
+{% endif %} Announce URL:</p>
+<p class="block"><code>{{ site_url() }}announce</code></p>
 {% endblock %}
 {% block main %}
 {% if tracker.catalogue.unread %}<p class="note">Torrent files still to read:
 {{ tracker.catalogue.unread | length }}</p>{% endif %}
-{% if numbers.torrents %}{% include "list.html" %}{% endif %}
-{% if graph %}<h2>Last month</h2>
-{{ graph }}{% endif %}
-{% endblock %}
-{% block footer %}
-{% if numbers.torrents %}<a href="{{ root }}{{ feed }}">RSS feed</a>
-<a href="{{ root }}torrents.json">Torrents as JSON</a>{% endif %}
-<a href="{{ root }}stats.json">Totals as JSON</a>
-<a href="{{ root }}metrics">Prometheus metrics</a>
-{% endblock %}
-""",
-    "list.html": """\
-<h2 id="torrents">Torrents</h2>
+{% if numbers.torrents %}
+<h2 id="torrents">Torrents{% if query.category %} in <bdi>{{ query.category }}</bdi>
+<small><a href="{{ root }}#torrents">Show all</a></small>{% endif %}</h2>
 <form role="search" action="{{ root }}#torrents">
   <label class="search">Search
     <input type="search" name="q" value="{{ query.q }}" maxlength="200"></label>
@@ -2595,7 +2729,7 @@ has added.{% endif %} Announce URL:</p>
 {% endfor %}
 </tr></thead><tbody>
 {% for row in rows -%}
-{% set page, counts, link = root ~ "torrent/" ~ row.id, row.counts, row | magnet -%}
+{% set page, counts, link = root ~ "torrent/" ~ row.id, row.counts, row | magnet_of -%}
 <tr><td><a href="{{ page }}"><bdi>{{ row.name }}</bdi></a><br><small>
 {% if row.category %}<a class="faint" href="{{ root }}?category=
 {{- row.category | urlencode }}#torrents"><bdi>{{ row.category }}</bdi></a>{% endif %}
@@ -2607,7 +2741,7 @@ has added.{% endif %} Announce URL:</p>
 <td data-of="seeders ">{{ counts.seeders }}</td>
 <td data-of="leechers ">{{ counts.leechers }}</td>
 <td data-of="completed ">{{ counts.snatches }}</td>
-<td data-of="age ">{{ (now - row.torrent.added) | span }}</td></tr>
+<td data-of="added ">{{ (row.torrent.added | date_text)[:10] }}</td></tr>
 {% endfor %}
 </tbody></table>
 <nav class="links" aria-label="Pages">
@@ -2618,20 +2752,47 @@ has added.{% endif %} Announce URL:</p>
 {% if page < last %}<a href="{{ root }}{{ query.link(page=page + 1) }}#torrents"
  rel="next">Next</a>{% endif %}</nav>
 {% else %}<p>No torrent matches. <a href="{{ root }}">Show all</a></p>{% endif %}
+{% endif %}
+{% if graph %}<h2>Last month</h2>
+{{ graph | safe }}{% endif %}
+{% endblock %}
+{% block footer %}
+{% if numbers.torrents %}<a href="{{ root }}{{ feed }}">RSS feed</a>
+<a href="{{ root }}torrents.json">Torrents as JSON</a>{% endif %}
+<a href="{{ root }}stats.json">Totals as JSON</a>
+<a href="{{ root }}metrics">Prometheus metrics</a>
+{% endblock %}
 """,
     "torrent.html": """\
 {% extends "base.html" %}
+{% set numbers = {"seeders": row.counts.seeders, "leechers": row.counts.leechers,
+  "completed": row.counts.snatches} %}
 {% block intro %}
-{% if row.category %}<p class="faint"><bdi>{{ row.category }}</bdi></p>{% endif %}
+{% if row.category %}<p><a class="faint" href="{{ root }}?category=
+{{- row.category | urlencode }}#torrents"><bdi>{{ row.category }}</bdi></a></p>
+{% endif %}
 {% if not row.counts.seeders %}<p class="bad"><b>No seeders now.</b></p>{% endif %}
 {% endblock %}
 {% block main %}
+{% set torrent, code = row.torrent, "<code>%s</code>" | safe -%}
 <p class="links"><a class="button" href="{{ row.id }}.torrent">Download .torrent</a>
-{% if row | magnet %}<a class="button" href="{{ row | magnet }}">Magnet link</a>
+{% if row | magnet_of %}<a class="button" href="{{ row | magnet_of }}">Magnet link</a>
 {% endif %}</p>
 <dl class="about">
-{% for name, text in facts if text -%}
+{% for name, text in [
+  ("Size", torrent.size | filesizeformat(true) ~ " ({:,} bytes)".format(torrent.size)),
+  ("Piece size", details.piece_length | filesizeformat(true)),
+  ("Info hash", torrent.v1 and code % torrent.v1),
+  ("Info hash v2", torrent.v2 and code % torrent.v2),
+  ("Added", torrent.added | date_text),
+  ("Created", details.created and details.created | date_text),
+  ("Created with", details.created_by | visible),
+  ("Last seen", details.last_seen | date_text if details.last_seen else "never"),
+  ("Private", torrent.is_private and "Yes. Peers come from this tracker only."),
+] if text -%}
 <dt>{{ name }}</dt><dd><bdi>{{ text }}</bdi></dd>
+{% endfor %}{% for url in details.web_seeds -%}
+<dt>Web seed</dt><dd><bdi>{{ url | visible }}</bdi></dd>
 {% endfor %}</dl>
 {% if details.comment %}<h2>Comment</h2>
 <p class="block" dir="auto">
@@ -2650,15 +2811,15 @@ has added.{% endif %} Announce URL:</p>
     "feed.xml": """\
 <?xml version="1.0" encoding="utf-8"?>
 <rss version="2.0" xmlns:atom="http://www.w3.org/2005/Atom">
-<channel>{% set site = request.url_root %}
+<channel>
 <title>{{ about }}</title>
-<link>{{ site }}</link>
+<link>{{ site_url() }}</link>
 <description>Torrents of {{ about }}</description>
 <ttl>30</ttl>
-<atom:link href="{{ site }}{{ query.link("feed.xml") }}"
+<atom:link href="{{ site_url() }}{{ query.link("feed.xml") }}"
  rel="self" type="application/rss+xml"/>
 {% for row in rows -%}
-{% set torrent, page = row.torrent, site ~ "torrent/" ~ row.id -%}
+{% set torrent, page = row.torrent, site_url() ~ "torrent/" ~ row.id -%}
 <item>
 <title>{{ row.name }}</title>
 <link>{{ page }}</link>
@@ -2690,9 +2851,8 @@ its front end</a>, as <code>python app.py doctor URL</code> does from any machin
 
 
 # -- Pages and feeds ------------------------------------------------------------------
-# The list of torrents and the page of one torrent, for people, as RSS and as JSON. The
-# list consists of Rows, from which a ListQuery selects. Torrents come from strangers:
-# templates escape their texts, and ``visible`` shows hidden characters in them.
+# The list of torrents and the page of one, for people, as RSS and as JSON. A ListQuery
+# selects from the list's Rows. ``visible`` shows hidden characters in strangers' texts.
 
 # Control and direction characters, halves of surrogates, and characters that XML does
 # not allow. The two joiners are not among them: Persian and emoji need them.
@@ -2712,20 +2872,18 @@ def visible(text):
 
 
 class Row:
-    """A torrent of the list, with its counts."""
+    """A Torrent of the list, with its counts; ``counts`` holds Counts by info_hash."""
 
     def __init__(self, torrent, counts):
-        """Make the row of a Torrent; ``counts`` holds Counts by info_hash.
-
-        The swarms of a hybrid torrent share most peers, so the larger numbers count.
-        """
+        # The swarms of a hybrid torrent share most peers, so the larger numbers count.
         swarms = [counts.get(each, NO_COUNTS) for each in torrent.info_hashes()]
         folder = os.fsencode(torrent.path.rpartition("/")[0])
         self.torrent = torrent
         self.counts = Counts(*map(max, zip(*swarms, strict=True)))
-        self.id = (torrent.v1 or torrent.v2).hex()  # 40 or 64 digits
+        self.id = torrent.v1 or torrent.v2
         self.name = visible(torrent.name)
         self.category = visible(folder.decode("utf-8", "replace"))  # "" for none
+        self.categories = [*accumulate(self.category.split("/"), "{}/{}".format)]
         # The text that a search looks at. It begins with the name, to sort by it.
         self.searched = f"{self.name}\n{torrent.name}\n{self.category}".casefold()
 
@@ -2738,7 +2896,7 @@ COLUMNS = {
     "seeders": ("Seeders", "counts.seeders", {"-seeders": "most seeders"}),
     "leechers": ("Leechers", "counts.leechers", {"-leechers": "most leechers"}),
     "completed": ("Completed", "counts.snatches", {"-completed": "most completed"}),
-    "added": ("Age", "torrent.added", {"-added": "newest", "added": "oldest"}),
+    "added": ("Added", "torrent.added", {"-added": "newest", "added": "oldest"}),
 }
 SORTS = [sort for *_, sorts in reversed(COLUMNS.values()) for sort in sorts.items()]
 NEWEST = "-added"
@@ -2765,11 +2923,10 @@ class ListQuery(NamedTuple):
 
     def select(self, rows):
         """Return the rows with all words that are in the category or below it."""
-        words, folder = self.q.casefold().split(), f"{self.category}/"
         if self.category:
-            rows = [row for row in rows if f"{row.category}/".startswith(folder)]
-        if words:
-            rows = [row for row in rows if all(word in row.searched for word in words)]
+            rows = [row for row in rows if self.category in row.categories]
+        for word in self.q.casefold().split():
+            rows = [row for row in rows if word in row.searched]
         return rows
 
     def link(self, path="", **changes):
@@ -2784,9 +2941,7 @@ class ListQuery(NamedTuple):
             # The first click shows the largest numbers, the newest torrent, or name A.
             first, second = (key, f"-{key}") if key == "name" else (f"-{key}", key)
             link = self.link(sort=second if self.sort == first else first, page=1)
-            # An age rises when the time "added" falls.
-            up, down = (f"-{key}", key) if key == "added" else (key, f"-{key}")
-            directions = {up: "ascending", down: "descending"}
+            directions = {key: "ascending", f"-{key}": "descending"}
             yield heading, link, directions.get(self.sort, "")
 
 
@@ -2818,12 +2973,11 @@ def month_graph(history, now):
         labels += f'<rect x="{x}" y="3" width="12" height="12" fill="{colour}"/>'
         labels += f'<text x="{x}" dx="18" y="14">{name} {numbers[-1]:,}</text>'
         about += f"{numbers[-1]:,} {name} now, {min(numbers):,} to {max(numbers):,}. "
-    for day in range(now // 86400 - 27, now // 86400, 7):
-        date = time.strftime("%-d %b", time.gmtime(day * 86400))
-        hour = day * 24 - left
-        x = f"{hour / MONTH_HOURS:.1%}"
+    for hour in range((now // 86400 - 27) * 24, now // 3600, 7 * 24):
+        date = time.strftime("%-d %b", time.gmtime(hour * 3600))
+        x = f"{(hour - left) / MONTH_HOURS:.1%}"
         labels += f'<text x="{x}" y="235" text-anchor="middle">{date}</text>'
-        grid += f"M{hour} 0V200"
+        grid += f"M{hour - left} 0V200"
     return (
         '<svg role="img" aria-labelledby="month-title month-text" width="100%"'
         ' height="240" font-size="13" fill="currentColor">'
@@ -2840,15 +2994,15 @@ def month_graph(history, now):
 PER_PAGE = 100  # torrents on a page of the list, and in the feed
 CORS_HEADERS = {"Access-Control-Allow-Origin": "*"}  # pages of any site may read JSON
 pages = Blueprint("pages", __name__)
-pages.add_app_template_filter(visible)
-pages.add_app_template_filter(http_date)
 
 
 @pages.get("/")
 def front():
     """Show the announce URL, the totals, the list of torrents and the graph."""
-    now = int(time.time())
-    tracker = current_app.tracker
+    tracker, now = current_app.tracker, int(time.time())
+    if b"info_hash=" in request.query_string:
+        reason = f"this is not the announce URL. Use {site_url()}announce"
+        return failure_reply(reason, tracker.settings), {"Content-Type": "text/plain"}
     query = ListQuery.parse(request.args)
     rows, categories, totals = current_app.listing(query.sort, now)
     found = query.select(rows)
@@ -2859,10 +3013,8 @@ def front():
     numbers |= {"torrents": len(rows)} if rows else {}
     return render_template(
         "front.html",
-        now=now,
-        tracker=tracker,
         numbers=numbers,
-        graph=Markup(month_graph(tracker.stats.history(now), now)),
+        graph=month_graph(tracker.stats.history(now), now),
         feed=query.link("feed.xml", sort=NEWEST, page=1),
         categories=categories,
         sorts=SORTS,
@@ -2876,37 +3028,15 @@ def front():
 @pages.get("/torrent/<info_hash>")
 def torrent_page(info_hash):
     """Show everything that is known about a torrent."""
-    row, _, details, last_seen = _torrent_or_404(info_hash)
-    torrent = row.torrent
-    code = Markup("<code>{}</code>")
-    seeders, leechers, _, snatches = row.counts
-    facts = [
-        ("Size", f"{do_filesizeformat(torrent.size, True)} ({torrent.size:,} bytes)"),
-        ("Piece size", do_filesizeformat(details["piece_length"], True)),
-        ("Info hash", torrent.v1 and code.format(torrent.v1.hex())),
-        ("Info hash v2", torrent.v2 and code.format(torrent.v2.hex())),
-        ("Added", date_text(torrent.added)),
-        ("Created", details["created"] and date_text(details["created"])),
-        ("Created with", visible(details["created_by"])),
-        ("Last seen", date_text(last_seen) if last_seen else "never"),
-        ("Private", torrent.is_private and "Yes. Peers come from this tracker only."),
-        *(("Web seed", visible(url)) for url in details["web_seeds"]),
-    ]
-    return render_template(
-        "torrent.html",
-        heading=row.name,
-        row=row,
-        numbers={"seeders": seeders, "leechers": leechers, "completed": snatches},
-        facts=facts,
-        details=details,
-    )
+    row, _, details = _torrent_or_404(info_hash)
+    return render_template("torrent.html", heading=row.name, row=row, details=details)
 
 
 @pages.get("/torrent/<info_hash>.torrent")
 def download(info_hash):
     """Send the .torrent file with the announce URL of this tracker in it."""
-    row, metainfo, *_ = _torrent_or_404(info_hash)
-    data = with_announce(metainfo, f"{request.url_root}announce")
+    row, metainfo, _ = _torrent_or_404(info_hash)
+    data = with_announce(metainfo, f"{site_url()}announce")
     name = re.sub(r'[/\\:*?"<>|]', "_", row.name)[:120].strip(". ")
     return flask.send_file(
         io.BytesIO(data),
@@ -2919,12 +3049,10 @@ def download(info_hash):
 
 
 def _torrent_or_404(info_hash):
-    """Return (Row, metainfo, details, last announce or 0) for a hash in hex."""
-    now = int(time.time())
-    tracker = current_app.tracker
+    """Return (Row, metainfo, details with last announce or None) for a hash in hex."""
+    tracker, now = current_app.tracker, int(time.time())
     tracker.catalogue.refresh(now)
-    torrent = tracker.catalogue.find(info_hash)
-    if not torrent:
+    if not (torrent := tracker.catalogue.find(info_hash)):
         flask.abort(404, "No torrent on this tracker's list has that info hash.")
     try:
         metainfo = tracker.catalogue.metainfo(torrent)
@@ -2932,8 +3060,8 @@ def _torrent_or_404(info_hash):
         flask.abort(404, "The file of this torrent is being replaced. Try again soon.")
     hashes = torrent.info_hashes()
     last_seen = max(tracker.store.last_seen(each, now) for each in hashes)
-    row = Row(torrent, tracker.scrape(hashes, now))
-    return row, metainfo, parse_details(metainfo, torrent), last_seen
+    details = {**parse_details(metainfo), "last_seen": last_seen or None}
+    return Row(torrent, tracker.scrape(hashes, now)), metainfo, details
 
 
 @pages.get("/doctor")
@@ -2946,65 +3074,49 @@ def doctor_page():
     findings = list(check_host(tracker, time.time()))
     findings += check_request(request.environ, tracker.settings)
     if "through" in request.args:
-        findings += check_url(request.url_root)
+        findings += check_url(site_url())
     page = render_template("doctor.html", heading="Doctor", findings=findings, key=key)
     return page, {"Cache-Control": "no-store", "X-Robots-Tag": "noindex"}
 
 
 @pages.app_errorhandler(HTTPException)
 def error_page(error):
+    """Show an error as a page. If the disk is full or broken, it says: try later."""
+    if isinstance(getattr(error, "original_exception", None), OSError):
+        error = ServiceUnavailable(f"{DISK_FAILS.capitalize()}.")
     page = render_template("base.html", heading=error.name, text=error.description)
     return page, error.code, error.get_headers()
 
 
-@pages.app_errorhandler(OSError)
-def handle_disk_error(error):
-    """Log a full or broken disk, and show it as a page."""
-    current_app.wsgi_app.errors.report(error, request.path, int(time.time()))
-    return error_page(ServiceUnavailable(f"{DISK_FAILS.capitalize()}."))
-
-
 _STYLE_HASH = base64.b64encode(sha256(STYLE.encode()).digest()).decode()
-CONTENT_POLICY = (
-    f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; img-src data:;"
-    " form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-)
+SECURITY_HEADERS = {
+    "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}';"
+    " img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 @pages.after_app_request
 def add_security_headers(response):
     """Forbid scripts and foreign content, in case the escaping of a text fails."""
-    response.headers["Content-Security-Policy"] = CONTENT_POLICY
-    response.headers["Referrer-Policy"] = "no-referrer"
-    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers.update(SECURITY_HEADERS)
+    if not current_app.tracker.settings.url and not response.cache_control.no_store:
+        # It may contain the Host header of this request, which a stranger may have set.
+        response.cache_control.private = True
     return response
 
 
-@pages.app_context_processor
-def template_globals():
-    """Return the values that every template needs."""
-    return {
-        "settings": current_app.tracker.settings,
-        "root": f"{request.script_root}/",  # path that the tracker is mounted at
-        "style": STYLE,
-    }
+def site_url():
+    """Return the URL of the front page, with a slash at its end."""
+    url = current_app.tracker.settings.url
+    return f"{url}/" if url else request.url_root
 
 
-@pages.app_template_filter("magnet")
 def magnet_of(row):
     """Return a magnet link, or None for a private torrent, where it would not work."""
-    url = f"{request.url_root}announce"
+    url = f"{site_url()}announce"
     return None if row.torrent.is_private else magnet(row.torrent, url)
-
-
-@pages.app_template_filter("span")
-def span_text(seconds):
-    """Return a number of seconds in its largest unit, for example 3 days."""
-    units = (31557600, "year"), (2629800, "month"), (86400, "day"), (3600, "hour")
-    for unit, name in (*units, (60, "minute"), (1, "second")):
-        if number := max(0, seconds) // unit:
-            return f"{number} {name}{'s' * (number > 1)}"
-    return "now"
 
 
 def date_text(seconds):
@@ -3035,14 +3147,14 @@ def torrents_json():
 
 
 def _json_of(row):
-    torrent, page = row.torrent, f"{request.url_root}torrent/{row.id}"
+    torrent, page = row.torrent, f"{site_url()}torrent/{row.id}"
     return {
         "name": torrent.name,
         "category": row.category,
         "size": torrent.size,
         "files": torrent.files,
-        "info_hash": torrent.v1.hex() or None,
-        "info_hash_v2": torrent.v2.hex() or None,
+        "info_hash": torrent.v1 or None,
+        "info_hash_v2": torrent.v2 or None,
         "added": torrent.added,
         "private": torrent.is_private,
         **row.counts._asdict(),
@@ -3055,14 +3167,15 @@ def _json_of(row):
 @pages.get("/torrent/<info_hash>.json")
 def torrent_json(info_hash):
     """Send everything that is known about a torrent, with all files."""
-    row, _, details, last_seen = _torrent_or_404(info_hash)
-    return {**_json_of(row), **details, "last_seen": last_seen or None}, CORS_HEADERS
+    row, _, details = _torrent_or_404(info_hash)
+    return {**_json_of(row), **details}, CORS_HEADERS
 
 
 @pages.get("/stats.json")
 def stats():
     """Send the totals of the front page."""
-    return current_app.tracker.totals(int(time.time()))._asdict(), CORS_HEADERS
+    totals = current_app.tracker.totals(int(time.time()))
+    return {"version": __version__, **totals._asdict()}, CORS_HEADERS
 
 
 METRICS = (
@@ -3085,15 +3198,13 @@ def metrics():
     tracker = current_app.tracker
     totals, counters = tracker.totals(int(time.time())), tracker.stats.counters()
     values = {name: {"": number} for name, number in totals._asdict().items()}
-    values["announces_total"] = {"": counters["announces"]}
+    announces, seconds = counters["announces"], counters["announce_nanoseconds"] / 1e9
+    values["announces_total"] = {"": announces}
     values["scrapes_total"] = {"": counters["scrapes"]}
     values["failures_total"] = {
         f'{{reason="{kind}"}}': counters[f"failure_{kind}"] for kind in FAILURES
     }
-    values["announce_duration_seconds"] = {
-        "_sum": counters["announce_nanoseconds"] / 1e9,
-        "_count": counters["announces"],
-    }
+    values["announce_duration_seconds"] = {"_sum": seconds, "_count": announces}
     text = ""
     for name, kind, sentence in METRICS:
         text += f"# HELP bitbreeze_{name} {sentence}\n# TYPE bitbreeze_{name} {kind}\n"
@@ -3135,6 +3246,8 @@ class Finding(NamedTuple):
 
 def check_host(tracker, now):
     """Yield Findings about the data folder, its disk and locks, the peers and lists."""
+    python = sys.version.split()[0]
+    yield Finding(OK, f"This is BitBreeze {__version__} with Python {python}.")
     folder = tracker.store.folder
     existed = os.path.isdir(folder)
     try:
@@ -3162,9 +3275,8 @@ def check_host(tracker, now):
         if kind.startswith(NETWORK_FILE_SYSTEMS):
             fact = f"{folder} is on a network file system ({kind}): its locks may fail."
             yield Finding(WARNING, f"{fact} Set data to a folder on a local disk.")
-        if existed:
-            yield from _check_peers(tracker, int(now))
-        else:
+        yield from _check_peers(tracker, int(now))
+        if not existed:
             with suppress(OSError):  # a worker may use it now
                 os.rmdir(folder)
     except OSError as error:
@@ -3208,13 +3320,18 @@ def _check_lists(settings, now):
         facts[10:] = [f"{len(facts) - 10} more files there are skipped"]
     for fact in map(visible, catalogue.problems + facts):
         if ": it cannot be read: " in fact:
-            yield Finding(FAILURE, f"{fact}. Make it readable for the server.")
+            remedy = "Replace it, or make it readable for the server."
+            yield Finding(FAILURE, f"{fact}. {remedy}")
         else:
             yield Finding(WARNING, f"{fact}.")
 
 
 def check_request(environ, settings):
-    """Yield a Finding about the address that a request of the operator comes from."""
+    """Yield Findings about a request of the operator: its address, and its URL."""
+    url = settings.url
+    if url and (called := flask.Request(environ).url_root) != f"{url}/":
+        fact = f"You came by {visible(called)}, but the setting url is {url}."
+        yield Finding(WARNING, f"{fact} See that clients can use the setting.")
     remote = environ.get("REMOTE_ADDR", "")
     forwarded = environ.get("HTTP_X_FORWARDED_FOR", "").strip()
     entries = len(forwarded.split(",")) if forwarded else 0  # browsers add none
@@ -3232,15 +3349,13 @@ def check_request(environ, settings):
 
 
 def check_url(url):
-    """Yield Findings about the tracker at ``url``, asked as clients ask.
-
-    Three peers are announced in a random swarm, and stopped again.
-    """
+    """Yield Findings about the tracker at ``url``, asked as clients ask."""
     base = re.sub(r"(/(announce|scrape)(\.php)?)?/*(\?.*)?$", "", url)
     base = base if "://" in base else f"http://{base}"
     try:
-        found, body, _ = _get(f"{base}/announce")
+        found, body, _ = _get(f"{base}/announce?info_hash=")
         bencoder.bdecode(body)
+        found = found.partition("?")[0]
         yield Finding(OK, f"Clients announce to {found}, and it answers.")
         if found != f"{base}/announce":
             yield Finding(WARNING, f"{url} redirects. Give clients {found} instead.")
@@ -3249,7 +3364,8 @@ def check_url(url):
         shown = (re.findall("<code>(.*?)</code>", page) or ["no URL"])[0]
         if shown != f"{base}/announce":
             fact = f"The front page shows {visible(shown)}, not {base}/announce."
-            yield Finding(WARNING, f"{fact} Pass on Host and X-Forwarded-Proto.")
+            remedy = "Pass on Host and X-Forwarded-Proto, or set url."
+            yield Finding(WARNING, f"{fact} {remedy}")
         yield from _check_scrapes(base)
         yield from _check_addresses(base)
         # The files may be below this URL, or beside it if it ends in /app.py.
@@ -3305,7 +3421,7 @@ def _check_scrapes(base):
 
 def _check_addresses(base):
     """Announce a peer, a second with forged headers, and a third that asks for both."""
-    swarm = os.urandom(20)
+    swarm = os.urandom(20)  # a random one, in which all three are stopped again
     headers = {50001: {}, 50002: FORGED_HEADERS, 50003: {}}  # by port
 
     def announce(port, event):
@@ -3324,10 +3440,9 @@ def _check_addresses(base):
         for port in headers:
             with suppress(Exception):
                 announce(port, "stopped")
-    kept = addresses.get(50001)
-    forged = format_ip(addresses.get(50002, bytes(4)))
-    believed = [name for name, ip in FORGED_HEADERS.items() if ip == forged]
-    if not kept or 50002 not in addresses:
+    kept, forged = addresses.get(50001), addresses.get(50002)
+    believed = [n for n, ip in FORGED_HEADERS.items() if parse_address(ip) == forged]
+    if not (kept and forged):
         fact = "Peers do not find each other."
         yield Finding(FAILURE, f"{fact} Turn off caches, and share one data folder.")
     elif believed:
@@ -3386,8 +3501,6 @@ def read_export(file):
                 raise ValueError("it is cut off")
             if "end" in entry:
                 raise ValueError("it is behind the end")
-            if number == 1 and b'"version": 1,' in line:
-                raise ValueError("an older BitBreeze wrote it. See Upgrading in README")
             entry = json.loads(line)
             if number == 1:
                 if entry["version"] > EXPORT_VERSION:
@@ -3431,17 +3544,15 @@ def merge_export(entries, tracker, clock, done):
     entries = iter(entries)
     done["hours of history"] += tracker.stats.merge_history(next(entries), int(clock()))
     for swarm in entries:
-        is_new = swarm[0] != last  # a large swarm has several lines
-        last = swarm[0]
+        is_new, last = swarm[0] != last, swarm[0]  # a large swarm has several lines
         try:
             kept, expired, refused = tracker.store.restore(*swarm, int(clock()))
+            done["swarms"] += is_new
+            done["peers"] += kept
+            done["expired peers left out"] += expired
+            done["peers left out by max_peers or max_peers_per_address"] += refused
         except TrackerError:
             done["swarms left out by max_swarms"] += is_new
-            continue
-        done["swarms"] += is_new
-        done["peers"] += kept
-        done["expired peers left out"] += expired
-        done["peers left out by max_peers or max_peers_per_address"] += refused
 
 
 # -- Application and commands ---------------------------------------------------------
@@ -3454,14 +3565,16 @@ class BitBreeze(flask.Flask):
 
     def __init__(self, settings):
         super().__init__(__name__, static_folder=None)
-        self.tracker = open_tracker(settings)
+        tracker = self.tracker = open_tracker(settings)
         self._listing = None, [], {}  # its state, the categories, Rows by sort order
-        pages_app = self.wsgi_app
-        if settings.proxies or settings.address_header:
-            # Only the proxy knows whether the visitor came over HTTPS.
-            pages_app = ProxyFix(pages_app, x_for=0, x_proto=1)
-        self.wsgi_app = TrackerApp(self.tracker, pages_app)
+        # Only a proxy in front knows whether the visitor came over HTTPS.
+        is_proxied = bool(settings.proxies or settings.address_header)
+        pages_app = ProxyFix(self.wsgi_app, x_for=0, x_proto=is_proxied)
+        self.wsgi_app = TrackerApp(tracker, pages_app)
         self.jinja_loader = DictLoader(TEMPLATES)
+        self.jinja_env.globals.update(tracker=tracker, style=STYLE, site_url=site_url)
+        for template_filter in (visible, http_date, date_text, magnet_of):
+            self.add_template_filter(template_filter)
         self.register_blueprint(pages)
 
     def log_exception(self, exc_info):
@@ -3479,10 +3592,9 @@ class BitBreeze(flask.Flask):
         totals, counts = self.tracker.snapshot(now)
         state = catalogue.version, counts
         if state != self._listing[0]:
-            listed = list(catalogue.torrents.values())
-            rows = [Row(torrent, counts) for torrent in listed]
+            rows = [Row(torrent, counts) for torrent in catalogue.torrents.values()]
             rows.sort(key=attrgetter("searched"))
-            categories = sorted({row.category for row in rows} - {""})
+            categories = sorted({c for row in rows for c in row.categories} - {""})
             self._listing = state, categories, {"name": rows}
         _, categories, orders = self._listing
         if sort not in orders:
@@ -3491,11 +3603,15 @@ class BitBreeze(flask.Flask):
         return orders[sort], categories, totals
 
 
-def create_app(overrides=None):
-    """Return the WSGI application; raise SettingsError. ``overrides`` are settings."""
+def create_app(overrides=None, *, isolated=False):
+    """Return the WSGI application; raise SettingsError. ``overrides`` are settings.
+
+    If it is isolated, neither the environment nor wsgi.ini is read.
+    """
     if not has_level_handler(log):
         log.addHandler(default_handler)
-    return BitBreeze(load_settings(overrides))
+    sources = {"environ": {}, "ini": os.devnull} if isolated else {}
+    return BitBreeze(load_settings(overrides, **sources))
 
 
 def paste_app(global_config, **local_config):
@@ -3515,10 +3631,24 @@ def post_fork(server, worker):
         signal.signal(number, lambda *_: os._exit(0))
 
 
-@click.command(context_settings={"show_default": True})
+@click.group(invoke_without_command=True, context_settings={"show_default": True})
 @click.option("--host", default="", show_default="all", help="Address to listen on.")
-@click.option("--port", default=6969, type=click.IntRange(1, 65535), help="TCP port.")
+@click.option("--port", default=6969, type=click.IntRange(0, 65535), help="TCP port.")
 @click.option("--workers", default=WORKERS, type=click.IntRange(1), help="Processes.")
+@click.version_option(__version__, message="BitBreeze %(version)s")
+@click.pass_context
+def cli(context, **options):
+    """BitBreeze, a BitTorrent tracker in one file.
+
+    Without a command, it serves with gunicorn until Ctrl-C.
+    """
+    if context.invoked_subcommand != "doctor" and settings_problem:
+        raise click.ClickException(settings_problem)
+    if not context.invoked_subcommand:
+        context.forward(serve)
+
+
+@cli.command(params=cli.params[:3])
 def serve(host, port, workers):
     """Serve with gunicorn until Ctrl-C (the default command)."""
     # 1. Report in one sentence what would stop gunicorn.
@@ -3527,19 +3657,37 @@ def serve(host, port, workers):
     try:
         store.probe()
         task, advice = f"listen on port {port}", "Choose another --port or --host."
-        dual = not host and socket.has_dualstack_ipv6()
+        dual = host in ("", "::") and socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dual or ":" in host else socket.AF_INET
         server = socket.create_server((host, port), family=family, dualstack_ipv6=dual)
     except OSError as error:
         reason = error.strerror.partition(" (")[0]  # Python appends the address
         raise click.ClickException(f"Cannot {task}: {reason}. {advice}") from None
     server.set_inheritable(True)
-    click.echo(_greeting(host, port, app.tracker), err=True)
-    # 2. Allow as many open files as the system does: the store keeps swarm files open.
+    # 2. Greet the operator.
+    name = f"[{host}]" if ":" in host else host or "localhost"
+    port = server.getsockname()[1]
+    if not host:  # this sends nothing, but tells which address connections come from
+        with suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))
+            name = probe.getsockname()[0]
+    catalogue = app.tracker.catalogue
+    catalogue.refresh(int(time.time()))
+    tracked = catalogue.summary()
+    if skipped := len(catalogue.skipped) + len(catalogue.problems):
+        tracked += f"; {skipped} files or lines are skipped: see app.py doctor"
+    greeting = f"""\
+BitBreeze serves this tracker until Ctrl-C:
+  announce URL  http://{name}:{port}/announce
+  front page    http://{name}:{port}/
+  peers are in  {store.folder}
+  it tracks     {tracked}"""
+    click.echo(greeting, err=True)
+    # 3. Allow as many open files as the system does: the store keeps swarm files open.
     with suppress(OSError, ValueError):  # macOS refuses RLIM_INFINITY
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-    # 3. Become gunicorn. A gevent worker serves others while it waits for a client.
+    # 4. Become gunicorn. A gevent worker serves others while it waits for a client.
     os.execv(sys.executable, [
         sys.executable, "-m", "gunicorn", f"{Path(__file__).stem}:app",
         "--chdir", str(HERE), "--config", os.path.abspath(__file__),  # for post_fork
@@ -3550,34 +3698,7 @@ def serve(host, port, workers):
     ])  # fmt: skip
 
 
-def _greeting(host, port, tracker):
-    """Return the lines that the operator reads at the start."""
-    name = f"[{host}]" if ":" in host else host or "localhost"
-    if not host:  # this sends nothing, but tells which address connections come from
-        with suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
-            probe.connect(("192.0.2.1", 9))
-            name = probe.getsockname()[0]
-    folder = tracker.store.folder
-    catalogue = tracker.catalogue
-    catalogue.refresh(int(time.time()))
-    tracked = catalogue.summary()
-    if skipped := len(catalogue.skipped) + len(catalogue.problems):
-        tracked += f"; {skipped} files or lines are skipped: see app.py doctor"
-    greeting = f"""\
-BitBreeze serves this tracker until Ctrl-C:
-  announce URL  http://{name}:{port}/announce
-  front page    http://{name}:{port}/
-  peers are in  {folder}
-  it tracks     {tracked}"""
-    former = "clock", "counters", "history", "shelves"  # of the first format
-    if left := [each for each in former if os.path.exists(f"{folder}/{each}")]:
-        greeting += f"""
-This version starts empty. In {folder} you can delete the
-files of an older BitBreeze: {", ".join(left)}"""
-    return greeting
-
-
-@click.command()
+@cli.command()
 @click.argument("url", required=False)
 def doctor(url):
     """Check this host, or the tracker at URL, and say what to set.
@@ -3586,7 +3707,9 @@ def doctor(url):
     """
     log.setLevel(logging.CRITICAL)  # the findings say the same
     failures = 0
-    for finding in check_url(url) if url else check_host(app.tracker, time.time()):
+    findings = [Finding(FAILURE, f"{settings_problem}.")] if settings_problem else []
+    checks = check_url(url) if url else check_host(app.tracker, time.time())
+    for finding in chain(findings, checks):
         click.echo(f"{finding.level:8} {finding.text}")
         failures += finding.level == FAILURE
     if not url:
@@ -3594,7 +3717,7 @@ def doctor(url):
     sys.exit(bool(failures))
 
 
-@click.command()
+@cli.command()
 @click.argument("path", metavar="[FILE]", default="-")
 @click.option("--force", is_flag=True, help="Overwrite FILE.")
 def export(path, force):
@@ -3602,16 +3725,14 @@ def export(path, force):
 
     Without FILE, write to standard output. The tracker may be running.
     """
-    tracker = app.tracker
-    folder = tracker.store.folder
-    now = int(time.time())
+    folder = app.tracker.store.folder
     _check_user(folder)
     if not os.path.isdir(folder):
         raise click.ClickException(f"There is no {folder}. Set data as for the server.")
     if path != "-" and os.path.lexists(path) and not force:
         raise click.ClickException(f"{path} exists. Use --force to overwrite it.")
-    history = tracker.stats.history(now)
-    lines = export_lines(tracker.store, history, time.time)
+    history = app.tracker.stats.history(int(time.time()))
+    lines = export_lines(app.tracker.store, history, time.time)
     os.umask(0o077)  # the addresses of peers are in it
     new = f"{path}.{os.getpid()}.new" if path != "-" else path
     try:
@@ -3633,7 +3754,7 @@ def export(path, force):
     click.echo(f"Exported {counts}, {len(history)} hours of history.", err=True)
 
 
-@click.command("import")
+@cli.command("import")
 @click.argument("path", metavar="FILE")
 def import_(path):
     """Merge FILE, which export wrote, into this tracker. "-" is standard input.
@@ -3641,8 +3762,7 @@ def import_(path):
     All of FILE is read before anything is merged. The tracker may be running. To
     import a file twice is the same as once.
     """
-    done = Counter()
-    failure = ""
+    done, failure = Counter(), ""
     _check_user(app.tracker.store.folder)
     try:
         with click.open_file(path, "rb") as file, TemporaryFile() as copy:
@@ -3679,14 +3799,16 @@ def _check_user(folder):
             raise click.ClickException(f"{text} Run this with sudo -u '#{owner}'.")
 
 
+settings_problem = ""
 try:
     app = application = create_app()  # hosts import it by one of these two names
 except SettingsError as error:
-    if __name__ == "__main__":
+    if __name__ != "__main__":
+        raise
+    if is_cgi:
         sys.exit(f"app.py: {error}")
-    raise
-for command in (serve, doctor, export, import_):
-    app.cli.add_command(command)
+    settings_problem = str(error)
+    app = create_app(isolated=True)
 # Freeze the objects made so far. Otherwise each garbage collection writes to their
 # headers, and every forked worker ends up with its own copy of those pages.
 gc.freeze()
@@ -3694,7 +3816,4 @@ gc.freeze()
 if is_cgi:
     answer_cgi(app)
 elif __name__ == "__main__":
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0] not in (*app.cli.commands, "--help"):
-        arguments = ["serve", *arguments]
-    app.cli.main(arguments, prog_name="app.py")
+    cli(prog_name="app.py")

@@ -3,9 +3,11 @@
 --   SWARMS  number of swarms
 --   PEERS   peers per swarm
 --   WARM    1: announce each peer once, in order, then exit; otherwise pick at random
--- One peer in three is a seeder. Peers share an address and differ in peer_id and port.
+-- One peer in three is a seeder. Peers share an address and differ in peer_id and port,
+-- so only the first 64,000 of a swarm announce.
 -- Each announce has a connection of its own, as those of most clients do.
-local swarms, peers = tonumber(os.getenv("SWARMS")), tonumber(os.getenv("PEERS"))
+local swarms = tonumber(os.getenv("SWARMS"))
+local peers = math.min(tonumber(os.getenv("PEERS")), 64000)
 local warm = os.getenv("WARM") == "1"
 local escaped, next_peer, answered = {}, -1, 0
 for line in io.lines(os.getenv("HASHES")) do

@@ -97,13 +97,16 @@ WebUI\\Port={web}
 """
 
 
+PEER_PORTS = 64_000  # from 1024 on
+
+
 class Workload:
     """The announces of announce.lua. Peers have numbers and are dealt out to swarms."""
 
     def __init__(self, folder, swarms=500, peers=60, file="hashes.txt"):
         """Choose info dictionaries, and write their info_hashes to a file for wrk."""
         self.swarms, self.peers = swarms, peers  # peers in each swarm
-        info = {b"piece length": 2**20, b"pieces": bytes(2000), b"length": 10**8}
+        info = {b"piece length": 2**20, b"pieces": bytes(2000), b"length": 100 * 2**20}
         self.infos = [{**info, b"name": b"iso-%d" % i} for i in range(swarms)]
         hashes = [hashlib.sha1(bencoder.bencode(each)) for each in self.infos]
         self.escaped = [quote(each.digest(), safe="") for each in hashes]
@@ -116,14 +119,16 @@ class Workload:
         member = number // self.swarms
         return (
             f"info_hash={self.escaped[number % self.swarms]}"
-            f"&peer_id=-TR4040-{number:012}&port={1024 + member * 7 % 64000}"
+            f"&peer_id=-TR4040-{number:012}&port={1024 + member * 7 % PEER_PORTS}"
             f"&uploaded=0&downloaded=0&left={1000 if member % 3 else 0}"
             "&numwant=50&key=2C4DEC5F&compact=1&supportcrypto=1"
         )
 
     def environ(self, number):
         """Return the WSGI environ of the announce of a peer."""
-        environ = {"REMOTE_ADDR": "127.0.0.1", "PATH_INFO": "/announce"}
+        # Each peer has another endpoint. wrk announces those of the first address.
+        address = f"127.0.{number // self.swarms // PEER_PORTS}.1"
+        environ = {"REMOTE_ADDR": address, "PATH_INFO": "/announce"}
         environ |= {"QUERY_STRING": self.query(number), "HTTP_USER_AGENT": "Test/1.0"}
         setup_testing_defaults(environ)
         return environ

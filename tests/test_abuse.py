@@ -111,7 +111,8 @@ def test_a_flood_through_a_proxy_is_one_address(tracker):
     reasons = set()
     for peer in range(100):
         header = f"203.0.113.{peer}, 198.51.100.7"
-        query = f"info_hash={escape(HONEST)}&peer_id={escape(peer_id(peer))}&port=7000"
+        query = f"info_hash={escape(HONEST)}&peer_id={escape(peer_id(peer))}"
+        query += f"&port={7000 + peer}"
         body = client.get("/announce", query, HTTP_X_FORWARDED_FOR=header)[2]
         reasons.add(bencoder.bdecode(body).get(b"failure reason"))
     assert reasons == {None, b"your address has 10 peers in this swarm already"}

@@ -232,6 +232,16 @@ def test_only_private_addresses_are_replaced(tracker):
     }
 
 
+def test_a_replaced_endpoint_stands_once(tracker):
+    """Only one of several peers behind an address can have a port of it."""
+    client = tracker(public_ip="198.51.100.1")
+    for number, address in enumerate(("10.0.0.1", "10.0.0.2", "198.51.100.1")):
+        client.announce(number, address=address, port=6881)
+    for _ in range(5):
+        found = client.announce(9, address="203.0.113.9")[b"peers"]
+        assert found == packed("198.51.100.1") + (6881).to_bytes(2, "big")
+
+
 def test_a_peer_of_both_families_keeps_what_can_be_reached(tracker):
     client = tracker()
     client.announce(1, address="192.168.1.2")

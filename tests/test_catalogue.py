@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shutil
+import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -151,6 +152,73 @@ def test_the_folder_is_searched_for_torrents(worker, tmp_path):
     assert {*catalogue.skipped} == {"loop.torrent"} and not catalogue.unread
 
 
+def test_folders_that_are_links_are_categories(worker, tmp_path):
+    """A loop of links ends, and a folder that is found twice counts once."""
+    put(tmp_path, "linux/a")
+    put(tmp_path, "B")
+    (tmp_path / "torrents/B.torrent").rename(tmp_path / "torrents/B.TORRENT")
+    put(tmp_path / "mirror", "deep/c")
+    folder = tmp_path / "torrents"
+    (folder / "linked").symlink_to(tmp_path / "mirror/torrents")
+    (folder / "all").symlink_to(".")
+    (folder / "linux/up").symlink_to("..")
+    (folder / "linux again").symlink_to("linux")
+    (tmp_path / "mirror/torrents/back").symlink_to(folder)
+    catalogue = worker()
+    catalogue.refresh(NOW)
+    found = {"linux/a.torrent", "B.TORRENT", "linked/deep/c.torrent"}
+    assert {*catalogue.torrents} == found and not catalogue.skipped
+
+
+def make_fifo(path):
+    os.mkfifo(path)
+
+
+def make_socket(path):
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(os.path.relpath(path))  # a name may have 108 bytes at most
+
+
+def link_to_device(path):
+    path.symlink_to("/dev/zero")
+
+
+SPECIAL = make_fifo, make_socket, link_to_device, Path.mkdir
+
+
+@pytest.mark.parametrize("make", SPECIAL)
+@pytest.mark.parametrize("name", ["torrents/x.torrent", "allow.txt", "deny.txt"])
+def test_special_files_are_skipped(worker, tmp_path, caplog, make, name):
+    listed = put(tmp_path)
+    make(tmp_path / name)
+    catalogue = worker()
+    for now in (NOW, NOW + 1, NOW + 100):
+        assert catalogue.tracks(listed, now) and not catalogue.tracks(HASH, now)
+    (problem,) = catalogue.problems or catalogue.skipped.values()
+    assert problem.endswith("it cannot be read: not a regular file")
+    assert len(caplog.records) == 1
+
+
+def test_changes_of_what_is_tracked_are_logged_once_by_all(worker, tmp_path, caplog):
+    workers = [worker(), worker()]
+    for each in workers:
+        assert each.tracks(HASH, NOW)
+    assert not caplog.records
+    put(tmp_path)
+    for now in range(NOW + 1, NOW + 5):
+        for each in (*workers, worker()):
+            assert not each.tracks(HASH, now)
+    (tmp_path / "torrents/a.torrent").unlink()
+    for now in range(NOW + 10, NOW + 15):
+        for each in workers:
+            assert each.tracks(HASH, now)
+    folder = tmp_path / "torrents"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Tracked from now on: 1 torrents in {folder}",
+        "Tracked from now on: any torrent",
+    ]
+
+
 def test_a_torrent_in_two_places_stays_when_one_goes(worker, tmp_path):
     put(tmp_path, "a", "same")
     put(tmp_path, "b", "same")
@@ -166,7 +234,7 @@ def test_metainfo_is_that_of_the_listed_torrent_only(worker, tmp_path):
     path, catalogue = tmp_path / "torrents/a.torrent", worker()
     catalogue.refresh(NOW)
     torrent = catalogue.torrents["a.torrent"]
-    assert catalogue.metainfo(torrent)[b"info"] == info_of(b"a")
+    assert catalogue.metainfo(torrent).info == info_of(b"a")
     for data in (torrent_of("b"), b"half", None):
         path.unlink() if data is None else path.write_bytes(data)
         with pytest.raises(bitbreeze.TorrentError):

@@ -9,15 +9,17 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 from contextlib import contextmanager
+from multiprocessing import get_context
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import libtorrent
 import pytest
 from makers import MAKERS, PAYLOADS
-from servers import free_port, gunicorn, poll, scrape, serving, uwsgi
+from servers import announce, free_port, gunicorn, poll, scrape, serving, uwsgi
 
 PAYLOAD = random.Random(1).randbytes(600_000)
 CHECKSUM = hashlib.sha256(PAYLOAD).hexdigest()
@@ -52,6 +54,39 @@ def test_libtorrent_downloads_from_libtorrent(server, tmp_path, kind):
         poll(lambda: leecher.status().is_seeding, 30, "the download")
         check_payload(tmp_path / "leech" / "payload")
         poll(lambda: snatched(server, info), 20, "the news that it is complete")
+
+
+def test_libtorrent_that_is_killed_and_restarted_is_one_peer(server, tmp_path):
+    """It draws a new peer_id at each start, and cannot say that it stops."""
+    info = make_torrent(tmp_path / "seed", server.url, KINDS["v1"])
+    path, port, met = tmp_path / "x.torrent", free_port(), set()
+    metainfo = {"announce": f"{server.url}/announce"}
+    metainfo["info"] = libtorrent.bdecode(info.info_section())
+    path.write_bytes(libtorrent.bencode(metainfo))
+
+    def new_peers():
+        """Return the seeders of one reply, if one of them was not met before."""
+        asker = {"port": 1, "left": 1, "compact": 0}
+        reply = announce(server.url, hashes(info)[0], b"-XX0001-who is here?", **asker)
+        peers = {peer[b"peer id"]: peer[b"port"] for peer in reply[b"peers"]}
+        return peers if peers.keys() - met else None
+
+    for _ in range(4):
+        arguments = str(path), str(tmp_path / "seed"), port
+        seeder = get_context("spawn").Process(target=seed, args=arguments)
+        seeder.start()
+        found = poll(new_peers, 20, "the announce of the new process")
+        seeder.kill()
+        seeder.join()
+        assert [*found.values()] == [port] and seeded(server, info)
+        met |= found.keys()
+
+
+def seed(path, folder, port):
+    """Seed a .torrent file until this process is killed."""
+    with session(port) as seeding:
+        add(seeding, libtorrent.torrent_info(path), folder)
+        signal.pause()
 
 
 def test_aria2_downloads_from_a_magnet_link(server, tmp_path):
@@ -95,10 +130,10 @@ def aria2():
 
 
 @contextmanager
-def session():
+def session(port=None):
     """Yield a libtorrent session that finds peers by trackers only."""
     settings = {
-        "listen_interfaces": f"127.0.0.1:{free_port()}",
+        "listen_interfaces": f"127.0.0.1:{port or free_port()}",
         "enable_dht": False,
         "enable_lsd": False,
         "enable_upnp": False,
@@ -164,7 +199,8 @@ def check_payload(path):
     """Fail unless the payload is at a path, where it may still be written."""
 
     def check():
-        return hashlib.sha256(path.read_bytes()).hexdigest() == CHECKSUM
+        found = path.read_bytes() if path.exists() else b""
+        return hashlib.sha256(found).hexdigest() == CHECKSUM
 
     poll(check, 10, "the payload with the right checksum")
 

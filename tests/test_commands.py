@@ -3,7 +3,9 @@
 import itertools
 import json
 import os
+import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,7 +32,7 @@ from servers import (
     serving,
     uwsgi,
 )
-from test_export import EXPORT, VERSION_1, peers_of, write
+from test_export import EXPORT, peers_of, write
 from test_torrents import torrent_of
 
 import app as bitbreeze
@@ -116,18 +118,23 @@ def test_app_says_what_is_tracked(tmp_path):
         ) in server.log()
 
 
-def test_app_says_that_it_does_not_read_an_older_format(tmp_path):
-    (tmp_path / "data" / "shelves").mkdir(parents=True)
-    port = free_port()
-    with serving([*APP, "--port", port], port, data(tmp_path)) as server:
-        assert server.log().count("This version starts empty.") == 1
-        assert "files of an older BitBreeze: shelves\n" in server.log()
+def test_the_greeting_names_the_port_that_the_system_chose(tmp_path):
+    server = Server([*APP, "--port", 0, "--workers", 1], 0, data(tmp_path))
+    try:
+        poll(lambda: "it tracks" in server.log(), 10, "a greeting")
+        port = re.search(r"front page +http://\S+:(\d+)/", server.log())[1]
+        server.url = f"http://127.0.0.1:{port}"
+        server.wait_until_ready()
+    finally:
+        server.stop()
+        server.output.close()
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
-def test_app_answers_over_ipv4_and_ipv6(tmp_path):
+@pytest.mark.parametrize("options", [[], ["--host", "::"]])
+def test_app_answers_over_ipv4_and_ipv6(tmp_path, options):
     port = free_port()
-    with serving([*APP, "--port", port], port, data(tmp_path)):
+    with serving([*APP, *options, "--port", port], port, data(tmp_path)):
         for url in (f"http://127.0.0.1:{port}", f"http://[::1]:{port}"):
             announce(url, HASHES[0], PEER, 7000, left=0)
         asked = announce(f"http://[::1]:{port}", HASHES[0], PEER[::-1], 7001, left=1)
@@ -225,12 +232,79 @@ def test_a_request_may_come_byte_by_byte_or_never(tmp_path):
         check_answers(server)
 
 
-def test_help_names_the_commands_and_options():
-    assert "serve" in run("--help").stdout
-    ended = run("serve", "--help")
+@pytest.mark.parametrize("options", [["--help"], ["serve", "--help"]])
+def test_help_names_the_commands_and_options(options):
+    ended = run(*options)
     assert ended.returncode == 0
     for option in ("--host", "--port", "--workers", "6969"):
         assert option in ended.stdout
+    if options == ["--help"]:
+        for part in ("a BitTorrent tracker", "Without a command", "serve", "doctor"):
+            assert part in ended.stdout
+
+
+def test_a_misspelt_command_is_told_the_nearest():
+    ended = run("docter")
+    assert ended.returncode == 2
+    assert "No such command 'docter'. Did you mean 'doctor'?" in ended.stderr
+
+
+@pytest.mark.parametrize("port", [80000, -1])
+def test_a_port_that_does_not_exist(port):
+    ended = run("--port", port)
+    assert ended.returncode == 2
+    assert f"Invalid value for '--port': {port} is not in the range" in ended.stderr
+
+
+def test_the_version():
+    assert run("--version").stdout == f"BitBreeze {bitbreeze.__version__}\n"
+
+
+@pytest.mark.parametrize("options", [[], ["doctor"], ["--help"], ["--version"]])
+@pytest.mark.parametrize("package", ["none", "another"])
+def test_missing_packages_are_a_sentence(tmp_path, options, package):
+    """Also if PyPI's other package with a module called bencoder is installed."""
+    if package == "another":
+        (tmp_path / "bencoder.py").write_text(
+            "def encode(): pass\ndef decode(): pass\n"
+        )
+        (tmp_path / "flask.py").touch()
+    # -S hides the packages of this environment.
+    command = [sys.executable, "-S", "app.py", *options]
+    env = {"PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    install = f"-m pip install -r {ROOT}/requirements.txt"
+    check_sentence(ended, "app.py: Flask or bencoder.pyx is not installed. Run: ")
+    assert ended.stderr.endswith(f"{install}\n")
+
+
+def test_bad_settings_stop_neither_help_nor_the_doctor(tmp_path):
+    shutil.copy(ROOT / "app.py", tmp_path)
+    (tmp_path / "wsgi.ini").write_text("titel = ours\n")
+    problem = f"{tmp_path}/wsgi.ini has no line [tracker]. Add it above the settings"
+
+    def run_there(*options):
+        command = [sys.executable, tmp_path / "app.py", *options]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    for options in (["--help"], ["--version"]):
+        assert run_there(*options).returncode == 0
+    ended = run_there("doctor")
+    assert ended.returncode == 1
+    assert ended.stdout.startswith(f"failure  {problem}.\nok       This is BitBreeze")
+    for options in ([], ["export"]):
+        check_sentence(run_there(*options), f"Error: {problem}\n")
+
+
+def test_the_metadata_of_the_script_are_the_requirements():
+    """uv run app.py and pipx run app.py install what the block of PEP 723 names."""
+    block = re.search(
+        r"^# /// script\n# requires-python = \">=3.10\"\n"
+        r"# dependencies = (\[.*\])\n# ///$",
+        (ROOT / "app.py").read_text(),
+        re.M,
+    )
+    assert json.loads(block[1]) == (ROOT / "requirements.txt").read_text().split()
 
 
 def test_a_port_that_is_in_use(tmp_path):
@@ -390,7 +464,6 @@ CUT = EXPORT[: EXPORT.index('{"end')]
             "line 3 is wrong: it has no 'snatches'",
         ),
         (EXPORT.replace('ion": 2', 'ion": 3'), "a newer BitBreeze wrote it. Upgrade"),
-        (VERSION_1, "an older BitBreeze wrote it. See Upgrading in README."),
     ],
 )
 def test_nothing_is_imported_of_a_bad_file(tmp_path, text, part):

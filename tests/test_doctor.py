@@ -129,8 +129,8 @@ def all_good(folder):
         (bad_names, "any", WARNING, "{}/torrents/שלום.torrent is skipped"),
         (denied, "any", WARNING, "{}/deny.txt, line 2: not 40 or 64 hex digits, skip"),
         (denied, "any", WARNING, "{}/deny.txt: 4 more lines like these, skipped."),
-        (broken, "auto", FAILURE, "{}/torrents: it cannot be read: Not a directory. M"),
-        (broken, "auto", FAILURE, "{}/deny.txt: it cannot be read: Is a directory. Ma"),
+        (broken, "auto", FAILURE, "{}/torrents: it cannot be read: Not a directory. R"),
+        (broken, "auto", FAILURE, "{}/deny.txt: it cannot be read: not a regular file"),
     ],
 )  # fmt: skip
 def test_lists(tracker, tmp_path, make, track, level, text):
@@ -202,7 +202,8 @@ def test_faults_of_a_host(tracker, monkeypatch, spoil, level, text):
 
 def test_a_folder_that_cannot_be_written(tracker, tmp_path):
     (tmp_path / "data").touch()
-    finding, *_ = bitbreeze.check_host(tracker().app.tracker, NOW)
+    version, finding, *_ = bitbreeze.check_host(tracker().app.tracker, NOW)
+    assert version.text.startswith(f"This is BitBreeze {bitbreeze.__version__} with ")
     assert finding.level == FAILURE
     assert f"{tmp_path / 'data'} cannot be used: File exists." in finding.text
     assert "set data elsewhere" in finding.text
@@ -296,7 +297,8 @@ def moved(app):
         if path.startswith("/new/"):
             environ.update(SCRIPT_NAME="/new", PATH_INFO=path[4:])
             return app(environ, start_response)
-        start_response("301 Moved Permanently", [("Location", "/new" + path)])
+        location = f"/new{path}?{environ['QUERY_STRING']}"
+        start_response("301 Moved Permanently", [("Location", location)])
         return [b""]
 
     return front
@@ -442,6 +444,16 @@ def test_requests(remote, forwarded, proxies, level, text):
     assert text in finding.text
 
 
+@pytest.mark.parametrize(
+    ("url", "warnings"),
+    [("", 0), ("http://tracker.test", 0), ("https://tracker.test", 1), ("http://x", 1)],
+)
+def test_a_front_end_with_another_name_than_the_setting(tracker, url, warnings):
+    client = tracker(url=url, operator_key="secret")
+    page = client.get("/doctor", "key=secret")[2].decode()
+    assert page.count(f"but the setting url is {url}.") == warnings
+
+
 def test_the_page_is_for_who_has_the_key(tracker):
     assert tracker().get("/doctor", "key=")[0] == "404 NOT FOUND"
     client = tracker(operator_key="secret")
@@ -487,7 +499,7 @@ def test_the_command_examines_the_host(tmp_path):
     (tmp_path / "file").touch()
     done = run(TRACKER_DATA=str(tmp_path / "file"))
     assert done.returncode == 1
-    assert done.stdout.startswith("failure  The data folder")
+    assert "\nfailure  The data folder" in done.stdout
 
 
 def test_the_command_examines_a_url():

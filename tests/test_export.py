@@ -3,8 +3,6 @@
 import io
 import json
 import random
-import re
-import subprocess
 import tracemalloc
 from collections import Counter
 
@@ -13,7 +11,6 @@ from conftest import NOW, make_settings, peer_id
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from servers import ROOT
 
 import app as bitbreeze
 
@@ -34,19 +31,6 @@ SWARMS = """\
 {"info_hash": "6262626262626262626262626262626262626262", "snatches": 9, "peers": []}
 """
 EXPORT = HEADER + SWARMS + END
-# What versions before this one exported: README says how to convert it.
-VERSION_1 = """\
-{"format": "BitBreeze", "version": 1, "made": 1800000000,
-"history": [{"seeders": 1, "leechers": 2, "swarms": 3, "time": 1799996400}],
-"swarms": [
-{"info_hash": "6161616161616161616161616161616161616161", "snatches": 7, "peers": [\
-{"peer_id": "2d4242303030312d303030303030303030303032", "key": 0, "seeder": false, \
-"partial": true, "snatched": false, "endpoint6": "[2001:db8::1]:0", "seen6": 1799999998\
-}]},
-{"info_hash": "6262626262626262626262626262626262626262", "snatches": 9, "peers": []}
-]
-}
-"""
 ENDS = bytes.fromhex("c0000201 1ae1"), bytes.fromhex("20010db8") + bytes(11) + b"\1\0\0"
 PEERS = [
     (bitbreeze.Record(peer_id(1), 5, SNATCHED, NOW - 1, 0, ENDS[0], bytes(18)), True),
@@ -108,21 +92,6 @@ def test_other_layouts_are_read(layout):
     assert read("".join(map(layout, EXPORT.splitlines(True)))) == READ
 
 
-def test_readme_converts_version_1(tmp_path):
-    """The lines in README, run as they are there, bring the snatches over."""
-    (tmp_path / "old.json").write_text(VERSION_1)
-    readme = (ROOT / "README.md").read_text()
-    (lines,) = re.findall(r"```sh\n([^`]*old\.json[^`]*)```", readme)
-    subprocess.run(["sh", "-ec", lines], cwd=tmp_path, check=True)
-    converted = (tmp_path / "new.json").read_text()
-    assert read(converted) == [[], (b"a" * 20, 7, []), (b"b" * 20, 9, [])]
-    for cut in (VERSION_1.index('{"info_hash": "6262'), -2):
-        (tmp_path / "old.json").write_text(VERSION_1[:cut])
-        subprocess.run(["sh", "-ec", lines], cwd=tmp_path, check=True)
-        with pytest.raises(ValueError, match="cut off"):
-            read((tmp_path / "new.json").read_text())
-
-
 u32 = st.integers(0, 2**32 - 1)
 ids, end4, end6 = (st.binary(min_size=size, max_size=size) for size in (20, 6, 18))
 fields = ids, u32, st.integers(0, 255), u32, u32, end4, end6
@@ -166,7 +135,6 @@ DAMAGED = {
     "other JSON": ('{"swarms": []}\n', "line 1 is wrong: it has no 'version'"),
     "a list": ("[]\n", "line 1 is wrong: list indices must be"),
     "deep": ("[" * 100_000 + "\n", "line 1 is wrong: maximum recursion depth"),
-    "older": (VERSION_1, "line 1 is wrong: an older BitBreeze wrote it. See Upgrading"),
     "newer": (changed('ion": 2', 'ion": 3'), "a newer BitBreeze wrote it. Upgrade"),
     "newer lines": (
         '{"format": "BitBreeze", "version": 3, "all": "is new"}\n\0',

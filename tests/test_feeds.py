@@ -137,6 +137,7 @@ def test_stats_are_the_totals(tracker):
     client.announce(2, event="paused")
     _, headers, body = client.get("/stats.json")
     assert json.loads(body) == {
+        "version": bitbreeze.__version__,
         "seeders": 1,
         "leechers": 1,
         "partial_seeds": 1,

@@ -98,7 +98,10 @@ def test_parameters(parameter, sent, field, expected):
             {"info_hash": b"A" * 32},
             "info_hash must be 20 bytes, not 32: is it base32?",
         ),
-        ({"peer_id": None}, "peer_id must be 20 bytes, not 0"),
+        (
+            {"peer_id": None},
+            "peer_id is missing: this URL is for BitTorrent clients",
+        ),
         ({"peer_id": b"x" * 21}, "peer_id must be 20 bytes, not 21"),
         ({"port": "68.81"}, "port must be a whole number from 0 to 65535"),
         ({"port": "65536"}, "port must be a whole number from 0 to 65535"),
@@ -112,6 +115,43 @@ def test_refusals_name_the_parameter(changes, reason):
     with pytest.raises(bitbreeze.TrackerError) as refusal:
         parse(**changes)
     assert str(refusal.value) == reason
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("info_hash=", "info%5Fhash="),
+        ("peer_id=", "peer%5fid="),
+        ("port=6881", "port=%36881"),
+        ("port=6881", "p%6Frt=%368%381"),
+        ("left=7", "left=%37"),
+        ("event=completed", "event=%63ompleted"),
+        ("numwant=5", "numwant=%35"),
+        ("compact=0", "compact=%30"),
+        ("no_peer_id=1", "no%5Fpeer%5Fid=1"),
+        ("key=1234", "%6Bey=1234"),
+    ],
+)
+def test_names_and_numbers_may_be_escaped(change):
+    query = (
+        "info_hash=%25%41aaaaaaaaaaaaaaaaaa&peer_id=-TR4040-aaaaaaaaaaa%37&port=6881"
+    )
+    query += "&left=7&event=completed&numwant=5&compact=0&no_peer_id=1&key=1234"
+    announce = read(environ(query))
+    assert announce.info_hash == b"%A" + b"a" * 18 and announce.peer_id[-1:] == b"7"
+    assert announce[3:7] == (6881, 7, "completed", 5)
+    assert announce[8:] == (False, True)
+    assert read(environ(query.replace(*change))) == announce
+
+
+def test_bad_hashes_of_a_scrape_are_left_out():
+    good = ["a" * 20, "%ff" * 20]
+    query = "&".join(f"info_hash={each}" for each in (good[0], "x", "", good[1], "%"))
+    assert bitbreeze.parse_scrape(environ(query)) == [b"a" * 20, b"\xff" * 20]
+    assert bitbreeze.parse_scrape(environ("info%5Fhash=" + good[0])) == [b"a" * 20]
+    for query in ("info_hash=x", "info_hash=x&info_hash=y", "info_hash="):
+        with pytest.raises(bitbreeze.TrackerError, match="info_hash"):
+            bitbreeze.parse_scrape(environ(query))
 
 
 def test_info_hash_twice_is_refused():
@@ -297,6 +337,19 @@ def test_failure_says_when_to_come_back():
         b"min interval": 200,
         b"retry in": 16,
     }
+
+
+@pytest.mark.parametrize(
+    ("min_interval", "interval"), [(60, 60), (300, 300), (900, 300)]
+)
+@pytest.mark.parametrize("kind", ["unregistered", "reading", "full"])
+def test_a_refusal_that_may_soon_be_over_has_short_intervals(
+    kind, min_interval, interval
+):
+    settings = make_settings(min_interval=min_interval)
+    decoded = bencoder.bdecode(bitbreeze.failure_reply("no", settings, kind))
+    assert decoded[b"interval"] == decoded[b"min interval"] == interval
+    assert decoded[b"retry in"] == interval // 60
 
 
 def test_scrape():

@@ -8,11 +8,11 @@ from conftest import NOW
 from app import NO_COUNTS, Counts, ListQuery, Row, Torrent, create_app, visible
 
 
-def torrent_of(number, name="", folder="", v2=b""):
+def torrent_of(number, name="", folder="", v2=""):
     """Return a Torrent whose size, age and hash come from a number."""
     return Torrent(
         *(f"{folder}/{number}.torrent".lstrip("/"), name or f"t{number}", number, 1),
-        *(bytes([number]) * 20, v2, NOW - number, False),
+        *(f"{number:02x}" * 20, v2, NOW - number, False),
     )
 
 
@@ -41,7 +41,7 @@ def test_row_has_torrent_and_counts():
 
 
 def test_row_of_a_hybrid_has_the_larger_counts():
-    torrent = torrent_of(1, v2=b"v" * 32)
+    torrent = torrent_of(1, v2=b"v".hex() * 32)
     counts = {b"\1" * 20: Counts(3, 1, 0, 5), b"v" * 20: Counts(2, 4, 1, 1)}
     assert Row(torrent, counts).counts == (3, 4, 1, 5)
     only_v2 = Row(torrent._replace(v1=b""), counts)
@@ -129,6 +129,6 @@ def test_headings_sort_and_reverse():
     found = "?q=a%26b&category=x%2Fy"
     assert by_name[0] == ("Name", f"{found}&sort=-name", "ascending")
     assert by_name[1] == ("Size", f"{found}&sort=-size", "")
-    assert by_name[-1] == ("Age", found, "")
+    assert by_name[-1] == ("Added", found, "")
     by_age = list(ListQuery().headings())  # the youngest first
-    assert by_age[-1] == ("Age", "?sort=added", "ascending")
+    assert by_age[-1] == ("Added", "?sort=added", "descending")

@@ -2,6 +2,7 @@
 
 import os
 import re
+from urllib.parse import unquote_to_bytes
 
 import bencoder
 import libtorrent
@@ -11,7 +12,6 @@ from servers import poll
 from test_torrents import info_of
 
 import app as bitbreeze
-from app import span_text
 
 QUERY = f"info_hash={escape(b'h' * 20)}&peer_id={escape(peer_id(1))}&port=6881&left=0"
 MARKUP = '"><script>alert(1)</script>'
@@ -187,10 +187,45 @@ def test_a_private_torrent_has_no_magnet_link(site):
 @pytest.mark.parametrize(("number", "is_cut"), [(2000, False), (2500, True)])
 def test_page_shows_2000_files(site, number, is_cut):
     files = [{b"length": n, b"path": [b"d"] * 99 + [b"f%d" % n]} for n in range(number)]
-    client = site("a", info={"files": files, "length": None})
+    pieces = b"p" * 20 * -(-sum(range(number)) // 16384)
+    client = site("a", info={"files": files, "length": None, "pieces": pieces})
     page = text(client.get(f"/torrent/{first_id(client)}"))
     assert page.count(f"<bdi>{'d/' * 99}f") == 2000
     assert ("All\n2,500 files as JSON" in page) == is_cut
+
+
+HOST_PATHS = (
+    "/ /torrent/{} /torrent/{}.torrent /torrent/{}.json /feed.xml /torrents.json"
+)
+
+
+@pytest.mark.parametrize("path", HOST_PATHS.split())
+def test_the_host_of_a_request_is_replaced_or_not_cached(site, path):
+    client = site("a")
+    path = path.replace("{}", first_id(client))
+    _, headers, body = client.get(path, HTTP_HOST="evil.test")
+    assert b"evil.test" in body and "private" in headers["Cache-Control"]
+    client.app.tracker.settings = client.app.tracker.settings._replace(
+        url="https://good.test/x"
+    )
+    _, headers, body = client.get(path, HTTP_HOST="evil.test")
+    assert b"evil.test" not in body and b"https://good.test/x" in unquote_to_bytes(body)
+    assert "private" not in headers.get("Cache-Control", "")
+
+
+def test_a_category_is_named_and_kept_by_the_search(tracker, tmp_path):
+    """Also a category that has no torrents itself, but categories below it."""
+    put(tmp_path / "torrents/Linux/<Fedora>", 0, "a", {}, {})
+    put(tmp_path / "torrents/Other", 1, "b", {}, {})
+    client = tracker()
+    page = text(client.get("/", "category=Linux"))
+    assert "Torrents in <bdi>Linux</bdi>" in page and names(page) == ["a"]
+    assert "<option selected>Linux</option>" in page
+    assert ">Linux/&lt;Fedora&gt;</option>" in page
+    assert "Torrents in" not in text(client.get("/"))
+    torrent = text(client.get(f"/torrent/{first_id(client)}"))
+    [link] = re.findall(r'href="/\?(category=[^"]*)#torrents"', torrent)
+    assert names(text(client.get("/", link))) == ["a"]
 
 
 def test_page_of_a_bare_torrent(site):
@@ -201,7 +236,7 @@ def test_page_of_a_bare_torrent(site):
     assert not re.search("Comment|Created|Private|Web seed|hash v2", page)
 
 
-@pytest.mark.parametrize("name", [MARKUP, "a\u202eb", "..", "/etc/passwd", "a" * 500])
+@pytest.mark.parametrize("name", [MARKUP, "a\u202eb", "../x", "/etc/passwd", "a" * 500])
 def test_a_name_is_just_a_name(site, name):
     client = site(name, folder="more/<b>", comment=name.encode())
     one = first_id(client)
@@ -232,7 +267,7 @@ def test_download_is_the_torrent_with_our_announce_url(site):
     ]
 
 
-@pytest.mark.parametrize(("name", "file"), [("a", "a"), ("..", ""), (MARKUP, "___sc")])
+@pytest.mark.parametrize(("name", "file"), [("a", "a"), (". .", ""), (MARKUP, "___sc")])
 def test_download_is_named_after_the_torrent(site, name, file):
     client = site(name)
     one = first_id(client)
@@ -329,14 +364,3 @@ def test_page_hides_internal_errors(site, monkeypatch, caplog):
     assert status == "500 INTERNAL SERVER ERROR"
     assert b"ZeroDivisionError" not in body and b"<h1>" in body
     assert len([r for r in caplog.records if r.exc_info]) == 1
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        *((-5, "now"), (0, "now"), (1, "1 second"), (119, "1 minute")),
-        *((7200, "2 hours"), (86400 * 3, "3 days"), (86400 * 800, "2 years")),
-    ],
-)
-def test_ages(seconds, text):
-    assert span_text(seconds) == text

@@ -61,12 +61,21 @@ def test_values(name, value, expected):
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"intervall": 5}, "intervall"),
+        ({"intervall": 5}, "create_app sets 'intervall'. Did you mean interval?"),
+        ({"q": 5}, "create_app sets 'q'. Did you mean title or url or notice or data"),
+        (
+            {"url": "tracker.test"},
+            "it must be a URL such as https://tracker.example.org",
+        ),
+        (
+            {"url": "http://a/?b"},
+            "it must be a URL such as https://tracker.example.org",
+        ),
         ({"interval": "30m"}, "sets interval to '30m': it must be a whole number"),
         ({"interval": "-1"}, "it must be a whole number, 0 or more"),
         ({"interval": -1}, "it must be a whole number, 0 or more"),
         ({"interval": True}, "it must be a whole number"),
-        ({"interval": 1}, "min_interval must be at most 0 seconds"),
+        ({"interval": 0}, "interval must be at least 1 second"),
         ({"min_interval": 0}, "min_interval must be at least 1 second"),
         ({"full_scrape": "perhaps"}, "'perhaps': it must be yes or no"),
         ({"track": "some"}, "it must be any, listed or auto"),
@@ -127,6 +136,58 @@ def test_readme_has_every_setting(name, default, text):
     shown = {'""': "empty", "[]": "empty", "{}": "empty", "False": "no"}
     default = shown.get(default, default.strip('"'))
     assert f"| `{name}` | {default} | {text} |" in README.read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "min_interval", "peer_ttl"),
+    [
+        ({"interval": 1}, 1, 2),
+        ({"interval": "2"}, 1, 4),
+        ({"interval": 60}, 10, 140),
+        ({"interval": 7200}, 1200, 16800),
+        ({"interval": 60, "min_interval": 5}, 5, 140),
+        ({"interval": 60, "peer_ttl": 600}, 10, 600),
+    ],
+)
+def test_two_settings_follow_from_the_interval(given, min_interval, peer_ttl):
+    settings = make_settings(**given)
+    assert (settings.min_interval, settings.peer_ttl) == (min_interval, peer_ttl)
+
+
+def test_a_short_interval_is_told_as_such(tracker):
+    client = tracker(interval=1)
+    for _ in range(20):
+        assert (
+            client.announce(1)[b"interval"] == client.announce(1)[b"min interval"] == 1
+        )
+
+
+def test_settings_may_be_paths(tmp_path):
+    settings = make_settings(data=tmp_path / "d", torrents=tmp_path / "t")
+    assert settings.data == f"{tmp_path}/d" and settings.torrents == f"{tmp_path}/t"
+
+
+def test_an_isolated_application_reads_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKER_TITLE", "from the environment")
+    for is_isolated, title in ((False, "from the environment"), (True, "BitBreeze")):
+        app = bitbreeze.create_app({"data": tmp_path}, isolated=is_isolated)
+        assert app.tracker.settings.title == title
+    monkeypatch.setenv("TRACKER_TITEL", "x")
+    with pytest.raises(bitbreeze.SettingsError, match="Did you mean title"):
+        bitbreeze.create_app({"data": tmp_path})
+    bitbreeze.create_app({"data": tmp_path}, isolated=True)
+
+
+@pytest.mark.parametrize("text", ["title = x\n", "[uwsgi]\nport = 1\n", "[Tracker]\n"])
+def test_a_file_without_our_section_is_told_the_line(tmp_path, text):
+    path = tmp_path / "wsgi.ini"
+    path.write_text(text)
+    with pytest.raises(bitbreeze.SettingsError) as refusal:
+        bitbreeze.load_settings(None, {}, path)
+    sentence = f"{path} has no line [tracker]. Add it above the settings"
+    assert str(refusal.value) == sentence
+    path.write_text("# nothing\n")
+    assert bitbreeze.load_settings(None, {}, path) == bitbreeze.Settings()
 
 
 INI = """[uwsgi]

@@ -54,7 +54,7 @@ def test_scrape(tracker):
 
 
 def test_full_scrape_is_opt_in(tracker):
-    refusal = tracker().scrape()[b"failure reason"]
+    refusal = tracker().ask("/scrape", {"x": 1})[b"failure reason"]
     assert refusal == b"info_hash is missing: this tracker does not list its torrents"
     client = tracker(full_scrape=True)
     client.announce(1)
@@ -171,6 +171,9 @@ def any_query_client(tmp_path_factory):
     class Checking(Client):
         def check(self, path, query):
             status, headers, body = self.get(path, query)
+            if not query:  # as from a browser
+                assert (status, headers["Location"]) == ("302 Found", "/")
+                return
             assert status == "200 OK"
             assert headers["Content-Length"] == str(len(body))
             reply = bencoder.bdecode(body)

@@ -42,17 +42,56 @@ def test_scrape_paths(tracker, path):
 
 
 @pytest.mark.parametrize(
-    "path", ["/announcement", "/announce.html", "/peers", "/announce/x"]
+    "path", ["/announcement", "/announce.html", "/peers", "/announce/x/y"]
 )
 def test_other_paths_are_not_found(tracker, path):
     assert tracker().get(path, QUERY)[0] == "404 NOT FOUND"
 
 
-def test_head_is_get_without_body(tracker):
+@pytest.mark.parametrize("path", ["/announce", "/scrape"])
+def test_head_is_answered_and_changes_nothing(tracker, path):
     client = tracker()
-    status, headers, body = client.get("/announce", QUERY, method="HEAD")
+    status, headers, body = client.get(path, QUERY, method="HEAD")
     assert (status, body) == ("200 OK", b"")
-    assert int(headers["Content-Length"]) > 0
+    assert headers["Content-Type"] == client.get(path, QUERY)[1]["Content-Type"]
+    client = tracker(data=f"{client.app.tracker.store.folder}-2")
+    client.get(path, QUERY, method="HEAD")
+    assert client.app.tracker.totals(0).swarms == 0
+
+
+@pytest.mark.parametrize(
+    "path", ["/announce", "/scrape", "/announce.php", "/KEY/scrape"]
+)
+@pytest.mark.parametrize(
+    ("query", "accept"), [("", ""), ("", "text/html,*/*"), ("x=1", "text/html")]
+)
+def test_a_browser_is_led_to_the_front_page(tracker, path, query, accept):
+    for script_name, url, location in (
+        ("", "", "/"),
+        ("/a b", "", "/a%20b/"),
+        ("/a", "https://tracker.test/x", "https://tracker.test/x/"),
+    ):
+        environ = {"SCRIPT_NAME": script_name, "HTTP_ACCEPT": accept}
+        status, headers, _ = tracker(url=url).get(path, query, **environ)
+        assert (status, headers["Location"]) == ("302 Found", location)
+
+
+@pytest.mark.parametrize("path", ["/announce", "/scrape"])
+def test_a_client_is_never_redirected(tracker, path):
+    assert tracker().get(path, QUERY, HTTP_ACCEPT="text/html")[0] == "200 OK"
+    assert tracker().get(path, "x=1", HTTP_ACCEPT="*/*")[0] == "200 OK"
+    assert tracker(full_scrape=True).get("/scrape")[0] == "200 OK"
+
+
+def test_an_announce_to_the_front_page_names_the_announce_url(tracker):
+    for url, named in (
+        ("", b"http://tracker.test/announce"),
+        ("https://other.test/x", b"https://other.test/x/announce"),
+    ):
+        status, headers, body = tracker(url=url).get("/", QUERY)
+        reason = bencoder.bdecode(body)[b"failure reason"]
+        assert status == "200 OK" and headers["Content-Type"].startswith("text/plain")
+        assert reason == b"this is not the announce URL. Use " + named
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
@@ -181,7 +220,7 @@ def test_cgi_answers_scrapes_and_pages(tmp_path):
 
 
 def test_cgi_answers_a_bad_announce_with_a_reason(tmp_path):
-    done = cgi(tmp_path, "/announce", query="")
+    done = cgi(tmp_path, "/announce", query="x=1")
     assert b"info_hash is missing" in done.stdout
     assert not done.stderr
 
@@ -231,7 +270,7 @@ ANNOUNCES = {
     "a new peer": (20, {"peer": 21}, 1),
     "a peer that leaves": (20, {"event": "stopped"}, 1),
     "a known peer over IPv6": (20, {"address": "2001:db8::1"}, 1),
-    "a known peer of many pages": (1000, {}, 7),
+    "a known peer of many pages": (1000, {}, 24),
 }
 
 
