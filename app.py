@@ -2010,7 +2010,7 @@ class Swarm:
         #    without "completed"; then its next announce has left=0.
         if slot < 0:
             if not owner:
-                self._refuse_excess(page, announce.address)
+                self._refuse_excess(announce.address)
             page = self._page_with_room(announce.peer_id)
         new = updated(old, announce, self.now)
         if seeder and was_leecher:
@@ -2047,7 +2047,7 @@ class Swarm:
                 continue
             try:
                 for end in filter(None, ends):
-                    self._refuse_excess(page, end[:-2])
+                    self._refuse_excess(end[:-2])
                 page = self._page_with_room(record.peer_id)
                 page.add(record, seeder)
                 self._save(page)
@@ -2072,7 +2072,7 @@ class Swarm:
         self.head = b""  # for a thread that waits for the lock of this Swarm
         raise RetiredError
 
-    def _refuse_excess(self, page, address):
+    def _refuse_excess(self, address):
         """Raise TrackerError if the swarm, or an address in it, has too many peers.
 
         In a swarm of many pages the peers of an address are estimated from a sample of
@@ -2099,11 +2099,11 @@ class Swarm:
     def _pick(self, wanted, seeders_too, own, with_ids):
         """Return up to ``wanted`` peers as the columns of Peers.
 
-        In the order of the pages, they follow each other from a random peer on. So all
-        peers are equally likely. In a swarm of more than 2,500 peers, a reply to a
-        seeder may lack leechers that are rare. ``own`` are the endpoints of the peer
-        that asks, as Record.endpoints returns them. They are left out, and so are peers
-        without a port in its families.
+        They are a run of the swarm's peers in the order of its pages, from a random
+        peer on. So all peers are equally likely. In a swarm of more than 2,500 peers, a
+        reply to a seeder may lack leechers that are rare. ``own`` are the endpoints of
+        the peer that asks, as Record.endpoints returns them. They are left out, and so
+        are peers without a port in its families.
         """
         size = 2 if seeders_too else 3  # in the values of _view
         if self.pages == 1:
@@ -2470,9 +2470,9 @@ def columns_of(data, start, slot, stop, own, with_ids):
 
 
 def usable_peers(ids, ends4, ends6, own):
-    """Return the number of peers that the one with the endpoints ``own`` can use.
+    """Return how many peers a peer with the endpoints ``own`` can use.
 
-    Their columns follow.
+    The columns of those peers follow in the result. The peer itself is left out.
     """
     own4, own6 = own
     # 1. A zero byte there means a port below 256, or none. If there is no zero in one
