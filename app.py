@@ -66,7 +66,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from hashlib import blake2b, sha1, sha256
 from importlib.util import find_spec
-from itertools import accumulate, chain, zip_longest
+from itertools import chain, zip_longest
 from operator import add, or_
 from pathlib import Path
 from random import random
@@ -108,16 +108,16 @@ class Settings(NamedTuple):
     notice: str = ""  # a sentence that clients show to their users
     data: str = "data"  # folder for peers and statistics, relative to app.py
     torrents: str = "torrents"  # folder of .torrent files to track and list
-    track: str = "auto"  # any, listed, or auto: listed as soon as a list has an entry
+    track: str = "auto"  # any, listed, or auto: listed once there is a list
     interval: int = 1800  # seconds between announces, give or take ten percent
     min_interval: int = 300  # seconds between announces at least; a sixth of interval
     peer_ttl: int = 4200  # seconds that a silent peer is kept; 7/3 of interval
     swarm_ttl: int = 7776000  # seconds that the snatches of an empty swarm are kept
     numwant: int = 50  # peers in a reply if the client does not ask for a number
     max_numwant: int = 100  # peers in a reply at most
-    max_swarms: int = 100000  # swarms at most; 0 for no limit, as for the next two
-    max_peers: int = 200000  # peers in one swarm at most
-    max_peers_per_address: int = 1000  # in one swarm; for IPv6, from one /64
+    max_swarms: int = 100000  # swarms with peers at most; 0: no limit, as in the next
+    max_peers: int = 200000  # peers kept in one swarm at most
+    max_peers_per_address: int = 100  # in one swarm; for IPv6, from one /48
     operator_key: str = ""  # opens /doctor?key=...; without it there is no such page
     full_scrape: bool = False  # answer a scrape without info_hash with all swarms
     proxies: int = 0  # number of proxies in front that append to X-Forwarded-For
@@ -144,8 +144,7 @@ def load_settings(overrides=None, environ=os.environ, ini=HERE / "wsgi.ini"):
     except (OSError, configparser.Error, UnicodeDecodeError) as error:
         reason = str(error).partition("\n")[0]
         raise SettingsError(f"{ini} cannot be read: {reason}") from None
-    names = [name for name in environ if name.startswith("TRACKER_")]
-    in_environ = {n.removeprefix("TRACKER_").lower(): environ[n] for n in names}
+    in_environ = {n[8:].lower(): environ[n] for n in environ if n[:8] == "TRACKER_"}
     # 2. Parse each value.
     values = {}
     sources = {f"[tracker] in {ini}": in_file, "the environment": in_environ}
@@ -189,8 +188,11 @@ def parse_setting(name, value):
         value, expected = text.lower(), "any, listed or auto"
         is_right = value in ("any", "listed", "auto")
     elif name == "url":
-        value, expected = text.rstrip("/"), "a URL such as https://tracker.example.org"
-        is_right = re.fullmatch(r"(https?://[^\s/?#<>\"]+(/[^\s?#<>\"]*)?)?", value)
+        value = text.rstrip("/")
+        expected = "a URL such as https://tracker.example.org, in ASCII"
+        is_right = re.fullmatch("(https?://[!-~]+)?", value) and not {*'?#<>"'} & {
+            *value
+        }
     elif name == "address_header":
         value, expected = text, "the name of a header"
         is_right = re.fullmatch("[A-Za-z0-9-]*", text)
@@ -216,14 +218,13 @@ def check_settings(settings):
     shortest, longest = max(1, s.interval * 9 // 10), s.interval * 11 // 10
     low = f"at most {shortest} seconds, nine tenths of interval"
     high = f"more than {longest} seconds, eleven tenths of interval"
-    most = f"at most max_numwant, {s.max_numwant} peers"
     is_safe = s.proxy_networks or not s.address_header
     for is_right, sentence in (
         (s.interval > 0, "interval must be at least 1 second"),
         (s.min_interval > 0, "min_interval must be at least 1 second"),
         (s.min_interval <= shortest, f"min_interval must be {low}"),
         (s.peer_ttl > longest, f"peer_ttl must be {high}"),
-        (s.numwant <= s.max_numwant, f"numwant must be {most}"),
+        (s.numwant <= s.max_numwant, f"numwant must be at most {s.max_numwant}"),
         (not (s.address_header and s.proxies), "set proxies or address_header"),
         (is_safe, "address_header needs proxy_networks, or anyone could send it"),
     ):
@@ -441,12 +442,6 @@ def parse_announce(environ, settings):
 
     Addresses in the query (ip, ipv4, ipv6) are ignored, because a client could aim a
     swarm at somebody else with them (BEP 7 discourages them for that reason).
-
-    >>> query = "info_hash=%25aaaaaaaaaaaaaaaaaaa&peer_id=-TR4040-aaaaaaaaaaaa&left=0"
-    >>> environ = {"QUERY_STRING": query + "&port=6881", "REMOTE_ADDR": "192.0.2.1"}
-    >>> announce = parse_announce(environ, Settings())
-    >>> announce.info_hash, announce.address, announce.port, announce.left
-    (b'%aaaaaaaaaaaaaaaaaaa', b'\\xc0\\x00\\x02\\x01', 6881, 0)
     """
     query = environ.get("QUERY_STRING", "")
     if query.count("info_hash=") > 1 and len(parse_scrape(environ)) > 1:
@@ -536,12 +531,7 @@ _REPLY = (
 
 
 def announce_reply(announce, counts, peers, interval, settings):
-    """Return the bencoded reply to an announce (BEP 3, 7, 23, 24).
-
-    >>> announce = Announce(b"h" * 20, b"p" * 20, bytes([192, 0, 2, 1]), 6881)
-    >>> announce_reply(announce, Counts(1, 0, 0, 0), NO_PEERS, 1800, Settings())[:45]
-    b'd8:completei1e10:downloadedi0e10:incompletei0'
-    """
+    """Return the bencoded reply to an announce (BEP 3, 7, 23, 24)."""
     encode = bencoder.bencode
     peers6 = warning = b""
     if announce.compact:
@@ -621,9 +611,11 @@ def external_ip(address):
 class Tracker:
     """Announce and scrape. It knows nothing of HTTP or sockets."""
 
-    def __init__(self, settings, catalogue, store, stats):
-        self.settings, self.catalogue = settings, catalogue
-        self.store, self.stats = store, stats
+    def __init__(self, settings):
+        data, torrents = HERE / settings.data, HERE / settings.torrents
+        self.settings, self.store = settings, FileStore(data, settings)
+        self.catalogue = Catalogue(torrents, data / "torrents.json", settings.track)
+        self.stats = Stats(data / "stats.json")
         self._maintained = -10  # the second of the last maintenance
         self._snapshot = 0, 0, None  # valid from this second to that
         self._lock = Lock()  # of the snapshot
@@ -656,14 +648,11 @@ class Tracker:
         swarms = self.store.swarms(now)
         return {each: counts for each, counts in swarms if tracks(each, now)}
 
-    def totals(self, now):
-        return self.snapshot(now)[0]
-
     def snapshot(self, now):
         """Return Totals, and Counts of the listed torrents by info_hash.
 
-        They are exact, and kept for one second per thousand swarms. Counting opens
-        every swarm, ten microseconds each. So it uses at most 1 % of the time.
+        They are exact, and kept for one second per thousand swarms or torrents. To
+        count a swarm takes 10 µs, so this uses at most 1 % of the time.
         """
         start, end, snapshot = self._snapshot
         if start <= now < end or not self._lock.acquire(blocking=snapshot is None):
@@ -678,7 +667,8 @@ class Tracker:
                 if info_hash in by_hash:
                     listed[info_hash] = counts
             snapshot = Totals(*sums, active), listed
-            self._snapshot = now, now + swarms // 1000, snapshot
+            size = max(swarms, len(self.catalogue.torrents))
+            self._snapshot = now, now + size // 1000, snapshot
             return snapshot
         finally:
             self._lock.release()
@@ -688,15 +678,7 @@ class Tracker:
         if not 0 <= now - self._maintained < 10:
             self._maintained = now
             self.store.tidy(now)
-            self.stats.flush(now, self.totals)
-
-
-def open_tracker(settings):
-    """Return the Tracker that keeps its data where ``settings`` say."""
-    data, torrents = HERE / settings.data, HERE / settings.torrents
-    catalogue = Catalogue(torrents, data / "torrents.json", settings.track)
-    store, stats = FileStore(data, settings), Stats(data / "stats.json")
-    return Tracker(settings, catalogue, store, stats)
+            self.stats.flush(now, lambda now: self.snapshot(now)[0])
 
 
 # -- WSGI entry point -----------------------------------------------------------------
@@ -707,38 +689,20 @@ DISK_FAILS = "this tracker cannot read or write its data: try again later"
 _TEXT = "Content-Type", "text/plain; charset=iso-8859-1"
 
 
-class ErrorLog:
-    """Logs each kind of fault of the tracker at most once a minute.
-
-    Otherwise a full disk or a bug would write a traceback for every request.
-    """
-
-    def __init__(self):
-        self._logged = {}  # seconds, by kind of fault
-
-    def report(self, fault, path, now):
-        """Log an exception that was raised while ``path`` was answered."""
-        kind = type(fault), getattr(fault, "errno", None)
-        if 0 <= now - self._logged.get(kind, -60) < 60:
-            return
-        self._logged[kind] = now
-        if isinstance(fault, OSError):
-            log.error("%r failed (logged once a minute): %s", path, fault)
-        else:
-            log.error("%r failed (logged once a minute)", path, exc_info=fault)
-
-
 class TrackerApp:
     """The WSGI application: it answers announces and scrapes itself."""
 
     def __init__(self, tracker, pages):
         """Hand all other requests on to ``pages``, a WSGI application."""
-        self.tracker, self.pages, self.errors = tracker, pages, ErrorLog()
+        self.tracker, self.pages = tracker, pages
+        self._logged = {}  # seconds, by kind of fault
 
     def __call__(self, environ, start_response):
         kind = request_kind(environ.get("PATH_INFO", ""))
         if not kind:
-            return self.pages(environ, start_response)
+            # Flask expects a query in ASCII, but clients may send any byte.
+            query = quote(environ.get("QUERY_STRING", ""), "%&=+", "latin-1", "replace")
+            return self.pages({**environ, "QUERY_STRING": query}, start_response)
         method = environ["REQUEST_METHOD"]
         if method not in ("GET", "HEAD"):
             start_response("405 Method Not Allowed", [_TEXT, ("Allow", "GET, HEAD")])
@@ -748,7 +712,8 @@ class TrackerApp:
             is_full_scrape = kind == "scrape" and settings.full_scrape
             is_browser = "text/html" in environ.get("HTTP_ACCEPT", "")
             if is_browser or not query and not is_full_scrape:
-                root = settings.url or quote(environ.get("SCRIPT_NAME", ""))
+                path = quote(environ.get("SCRIPT_NAME", ""), encoding="latin-1")
+                root = settings.url or path
                 start_response("302 Found", [_TEXT, ("Location", f"{root}/")])
                 return []
         if method == "HEAD":  # it must not change anything
@@ -776,7 +741,7 @@ class TrackerApp:
             return failure_reply(str(refusal), settings, failure)
         except Exception as fault:
             failure = "store" if isinstance(fault, OSError) else "internal"
-            self.errors.report(fault, environ["PATH_INFO"], now)
+            self.report(fault, environ["PATH_INFO"], now)
             reason = DISK_FAILS if failure == "store" else "internal error"
             return failure_reply(reason, settings)
         finally:
@@ -785,7 +750,20 @@ class TrackerApp:
             try:
                 tracker.run_maintenance(now)
             except Exception as fault:  # it must not spoil the reply
-                self.errors.report(fault, "maintenance", now)
+                self.report(fault, "maintenance", now)
+
+    def report(self, fault, path, now):
+        """Log an exception that was raised while ``path`` was answered.
+
+        Each kind is logged once a minute. Otherwise a full disk or a bug would write a
+        traceback for every request.
+        """
+        kind = type(fault), getattr(fault, "errno", None)
+        if not 0 <= now - self._logged.get(kind, -60) < 60:
+            self._logged[kind] = now
+            traceback = None if isinstance(fault, OSError) else fault
+            text = "%r failed (logged once a minute): %s"
+            log.error(text, path, fault, exc_info=traceback)
 
 
 @lru_cache(maxsize=100)
@@ -799,13 +777,6 @@ def request_kind(path):
         if (name := part.removesuffix(".php")) in ("announce", "scrape"):
             return name
     return ""
-
-
-def answer_cgi(application):
-    """Answer the one request for which a web server has started this program."""
-    from wsgiref.handlers import CGIHandler  # only CGI needs it
-
-    CGIHandler().run(application)
 
 
 # -- Catalogue ------------------------------------------------------------------------
@@ -852,10 +823,17 @@ def torrent_paths(folder, onerror):
 
 
 def parse_hashes(data, path):
-    """Return the info_hashes in a list as 40 hex digits, and sentences on bad lines."""
+    """Return the info_hashes in a list as 40 hex digits, and sentences on bad lines.
+
+    Windows may save it as UTF-16 with a mark. Raise OSError if it is not text.
+    """
     hashes, problems = [], []
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
-        words = line.decode("utf-8", "replace").partition("#")[0].split()
+    is_wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")  # byte order marks
+    text = data.decode("utf-16" if is_wide else "utf-8-sig", "replace")
+    if "\0" in text:
+        raise OSError(errno.EILSEQ, "it is not text. Save it as UTF-8")
+    for number, line in enumerate(text.encode(errors="replace").splitlines(), 1):
+        words = line.decode().partition("#")[0].split()
         if words and _HEX.fullmatch(words[0]):
             hashes.append(words[0][:40].lower())
         elif words:
@@ -875,25 +853,27 @@ class Catalogue:
         {path of a .torrent file or a list: [signature, content, *problems]}
 
     The content is a Torrent or a list of info_hashes, with hex digits for bytes. The
-    signature is null if the file was not read yet, or if it cannot be read.
+    signature is null if the file was not read yet, or if it cannot be read. The folder
+    itself has an entry as soon as a .torrent file was in it, and as long as it exists.
 
     A .torrent file counts as soon as it parses, because bencoding shows where it ends.
     Other changes count when they are settled, because the operator may be replacing the
     file. Until then, and while a folder or a list cannot be read, the last content
-    counts.
+    counts. Without a last content, nothing is tracked.
     """
 
     def __init__(self, folder, index, track="auto"):
-        """Track torrents; "auto" tracks any torrent until a list has an entry."""
+        """Track torrents; "auto" tracks any one until there is a list."""
         self.folder, self.index, self.track = os.path.abspath(folder), str(index), track
         beside = os.path.dirname(self.folder)
         self.lists = [f"{beside}/allow.txt", f"{beside}/deny.txt"]
-        self.version, self._mutex = 0, Lock()
+        self.changed, self._mutex = 0, Lock()  # seconds: the mtime of the index
         self._checked = None  # the second of the last refresh
         self._entries = dict.fromkeys([self.folder, *self.lists], UNREAD)
         self._used = self._indexed = self._stamp = None  # entries of _rules; the index
         self._rules = (), (), False, True  # tracked, denied, is_open, unread
         self._known = None  # the last _rules with nothing unread
+        self.skipped = {}  # reasons by path below the folder
         self._use()
 
     def check(self, info_hash, now):
@@ -971,6 +951,7 @@ class Catalogue:
                         with open(f"{self.index}.new", "wb") as file:
                             file.write(b"%d\n%b" % (zlib.crc32(text), text))
                         os.replace(f"{self.index}.new", self.index)
+                        self.changed = os.stat(self.index).st_mtime
                     # A scan takes a twentieth of the time at most, on a slow disk too.
                     pause = max(1, 20 * (time.monotonic() - started))
                     os.utime(lock.fileno(), (now, now if self.unread else now + pause))
@@ -986,7 +967,7 @@ class Catalogue:
             stamp = [status.st_ctime_ns, status.st_size]
             if stamp == self._stamp:
                 return
-            self._stamp, self._indexed = stamp, None
+            self._stamp, self._indexed, self.changed = stamp, None, status.st_mtime
             checksum, _, text = Path(self.index).read_bytes().partition(b"\n")
             if int(checksum) != zlib.crc32(text):
                 raise ValueError("its checksum is wrong")
@@ -1003,7 +984,7 @@ class Catalogue:
         # 1. Find the .torrent files, and the folders that cannot be read.
         paths = [*self.lists, *torrent_paths(self.folder, errors.append)]
         broken = {e.filename: e for e in errors if e.errno != errno.ENOENT}
-        # 2. Read the files that changed: one at least, more while there is time.
+        # 2. Read what changed: the lists, and torrents while there is time.
         deadline = float("inf")
         for path in (*paths, *broken):
             entry = known = before.get(path, UNREAD)
@@ -1012,12 +993,13 @@ class Catalogue:
                     raise broken[path]
                 status = os.stat(path)
                 signature = [status.st_ctime_ns, status.st_size]
-                if not stat.S_ISREG(status.st_mode):  # to open a FIFO could wait
+                if not stat.S_ISREG(status.st_mode):
                     raise OSError(errno.EINVAL, "not a regular file")
-                if known[0] != signature and time.monotonic() < deadline:
+                is_list = path in self.lists
+                if known[0] != signature and (is_list or time.monotonic() < deadline):
                     deadline = min(deadline, time.monotonic() + seconds)
-                    if path in self.lists:
-                        hashes, problems = parse_hashes(Path(path).read_bytes(), path)
+                    if is_list:
+                        hashes, problems = parse_hashes(read_regular(path)[1], path)
                         if known == UNREAD or is_settled(path, now):
                             entry = [signature, hashes, *problems]
                     else:
@@ -1036,7 +1018,7 @@ class Catalogue:
                 entry = [None, known[1], f"{path}: it cannot be read: {error.strerror}"]
             for problem in entry[2:]:
                 if problem not in known[2:]:
-                    report(problem)
+                    report(visible(problem))
             entries[path] = entry
         # 3. Keep what disappeared until that is settled, and what cannot be seen.
         for path in before.keys() - entries.keys():
@@ -1044,7 +1026,12 @@ class Catalogue:
             is_gone = is_settled(os.path.dirname(path), now) and not is_hidden
             if before[path] != UNREAD and not is_gone:
                 entries[path] = before[path]
-        self._entries = entries
+        if (paths[2:] or before.get(self.folder, UNREAD)[1]) and os.path.isdir(
+            self.folder
+        ):
+            entries.setdefault(self.folder, ["listed", True])
+        if entries != self._entries:
+            self._entries, self.changed = entries, now  # until the index is written
         self._use(report)
 
     def _use(self, report=None):
@@ -1054,33 +1041,40 @@ class Catalogue:
             return
         self._used = entries
         # 1. Parse the entries. A torrent is denied by any of its info_hashes.
-        files = {p: e for p, e in entries.items() if is_torrent(p)}
+        files = {p: e for p, e in sorted(entries.items()) if is_torrent(p)}
         others = {p: e for p, e in entries.items() if p not in files}
-        allow, deny = (entries.get(path, UNREAD)[1] or [] for path in self.lists)
-        self.allowed = frozenset(map(bytes.fromhex, allow))
-        denied = self.denied = frozenset(map(bytes.fromhex, deny))
-        torrents = [Torrent(*entry[1]) for entry in files.values() if entry[1]]
-        torrents = [t for t in torrents if denied.isdisjoint(t.info_hashes())]
+        allow, deny = (entries.get(path, UNREAD) for path in self.lists)
+        self.allowed = frozenset(map(bytes.fromhex, allow[1] or []))
+        denied = self.denied = frozenset(map(bytes.fromhex, deny[1] or []))
+        torrents, doubles = {}, {}
+        for torrent in [Torrent(*entry[1]) for entry in files.values() if entry[1]]:
+            first = torrents.setdefault((torrent.v1, torrent.v2), torrent)
+            if first is not torrent:
+                doubles[torrent.path] = f"it is the same torrent as {first.path}"
+            elif not denied.isdisjoint(torrent.info_hashes()):
+                denied = denied.union(torrent.info_hashes())
+        torrents = [t for t in torrents.values() if denied.isdisjoint(t.info_hashes())]
         self.torrents = {torrent.path: torrent for torrent in torrents}
         whole = {bytes.fromhex(each.v2): each for each in torrents if each.v2}
         self.by_hash = {h: t for t in torrents for h in t.info_hashes()} | whole
         # 2. Collect what the operator has to know.
         self.problems = [problem for e in others.values() for problem in e[2:]]
-        self.skipped = {
+        for path in doubles.keys() - self.skipped.keys() if report else ():
+            report(visible(f"{self.folder}/{path}: {doubles[path]}"))
+        self.skipped = doubles | {
             os.path.relpath(p, self.folder): e[2].removeprefix(f"{p}: ")
             for p, e in files.items()
             if e[2:]
         }
         unread = [p for p, e in others.items() if not e[0]]
         self.unread = unread + [p for p, e in files.items() if e == UNREAD]
-        # 3. A tracker that is open stays open while something cannot be read.
-        is_open, doubts = self.track == "any", self.lists[1] in unread
-        if self.track == "auto":
-            is_open, doubts = not (files or self.allowed), unread
-        is_open = is_open and (not doubts or self.is_open())
+        # 3. Nothing is tracked while deny.txt is unknown. An unknown list is a list.
+        has_list = files or self.folder in entries or allow[0] != "missing"
+        is_open = self.track == "any" or self.track == "auto" and not has_list
         tracked = (self.by_hash.keys() | self.allowed) - denied
+        if deny[1] is None:
+            tracked, is_open = frozenset(), False
         self._rules = tracked, denied, is_open, bool(self.unread)
-        self.version += 1
         if not self.unread:
             if report and self._known not in (None, self._rules):
                 report(f"Tracked from now on: {self.summary()}")
@@ -1093,8 +1087,26 @@ class Catalogue:
 
 MAX_TORRENT_BYTES = 10 * 2**20  # of a .torrent file
 MAX_PARTS = 2**19  # numbers, strings, lists...: 50,000 files, half a second
+LAST_SECOND = 253402300799  # of the year 9999, after which no date can be formatted
 MAX_DEPTH = 100  # of lists and dictionaries: bencoder recurses, and crashes at 50,000
 _TOKEN = re.compile(rb"(0*\d{1,10}):|i(-?0*\d{1,20})e|[dle]")
+
+
+# Control and direction characters, halves of surrogates, and characters that XML does
+# not allow. The two joiners are not among them: Persian and emoji need them.
+_INVISIBLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
+    "\ud800-\udfff\ufeff\ufff9-\ufffb\ufffe\uffff\U000e0000-\U000e0fff]"
+)
+
+
+def visible(text):
+    """Return the text with invisible characters spelled out.
+
+    >>> visible("evil\\u202egpj.exe")
+    'evil⟨U+202E⟩gpj.exe'
+    """
+    return _INVISIBLE.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
 
 
 class TorrentError(Exception):
@@ -1132,10 +1144,22 @@ class Metainfo(NamedTuple):
 
 def read_torrent(folder, path):
     """Return (Metainfo, Torrent) from a file; raise TorrentError or OSError."""
-    with open(f"{folder}/{path}", "rb") as file:
-        status, data = os.fstat(file.fileno()), file.read(MAX_TORRENT_BYTES + 1)
+    status, data = read_regular(f"{folder}/{path}", MAX_TORRENT_BYTES + 1)
     metainfo = read_metainfo(data)
-    return metainfo, parse_torrent(metainfo, path, int(status.st_mtime))
+    added = min(max(0, int(status.st_mtime)), LAST_SECOND)
+    return metainfo, parse_torrent(metainfo, path, added)
+
+
+def read_regular(path, most=-1):
+    """Return (status, ``most`` bytes or all) of a regular file; raise OSError.
+
+    Without O_NONBLOCK, a FIFO that takes the place of a file would stop the worker.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        return status, file.read(most)
 
 
 def read_metainfo(data):
@@ -1346,12 +1370,7 @@ def with_announce(metainfo, url):
 
 
 def magnet(torrent, url):
-    """Return the magnet link of a Torrent, tracked at ``url`` (BEP 9, 52).
-
-    >>> torrent = Torrent("a.torrent", "a b", 5, 1, "68" * 20, "", 0, False)
-    >>> magnet(torrent, "http://x")[60:]
-    '&dn=a%20b&xl=5&tr=http%3A%2F%2Fx'
-    """
+    """Return the magnet link of a Torrent, tracked at ``url`` (BEP 9, 52)."""
     v1 = f"xt=urn:btih:{torrent.v1}&" if torrent.v1 else ""
     v2 = f"xt=urn:btmh:1220{torrent.v2}&" if torrent.v2 else ""
     name, url = quote(torrent.name, safe=""), quote(url, safe="")
@@ -1403,12 +1422,6 @@ class Stats:
         with suppress(OSError):
             samples = self._read()[1]
         return [each for each in samples if 0 <= hour - each[0] < MONTH_HOURS]
-
-    def merge_history(self, history, now):
-        """Add the samples of hours that have none. Return how many. Raise OSError."""
-        hour = now // 3600
-        new = [list(each) for each in history if 0 <= hour - each[0] < MONTH_HOURS]
-        return len({each[0] for each in new} - self._update(fcntl.LOCK_EX, new, hour))
 
     def flush(self, now, totals):
         """Write what was counted, unless another process writes. Raise OSError.
@@ -1468,6 +1481,8 @@ FILL = 40  # peers a page on average; then no page overflowed in 200,000 peers
 SPARSE = 16  # peers a page on average, below which pages are merged
 SAMPLE = 16  # pages at most in which the peers of an address are counted
 MOST_SEARCHED = 64  # pages at most that are searched for peers to hand out
+FEW = 5  # peers of one address that a reply may have, however small it is
+LEECHERS, SEEDERS, ALL = (0, 1), (1, 2), (0, 2)  # kinds of peers, as in Page.bounds
 MAGIC = b"swrm\x01"  # with the version of the format
 RECOUNTS = 16  # of a swarm with several pages, in each peer_ttl
 QUIET, CHANGING, RETIRED = range(3)  # states of a swarm file
@@ -1505,8 +1520,8 @@ class Record(NamedTuple):
     endpoint6: bytes  # 18 bytes
 
     def endpoints(self):
-        """Return (IPv4 endpoint, IPv6 endpoint), b"" for a family without one."""
-        return without_zeros(self.endpoint4, self.endpoint6)
+        """Return [IPv4 endpoint, IPv6 endpoint], b"" for a family without one."""
+        return [each if any(each) else b"" for each in self[5:]]
 
 
 NO_PEERS, NO_COUNTS = Peers(b"", b"", b""), Counts(0, 0, 0, 0)
@@ -1530,7 +1545,8 @@ _ENDS6 = _ENDS4 + SLOTS * 6
 _IDS = struct.Struct("20s13x" * SLOTS)
 _SEEN = struct.Struct("<" + "25xII" * SLOTS)
 _ADDRESSES4 = struct.Struct("4s2x" * SLOTS)
-_PREFIXES6 = struct.Struct("8s10x" * SLOTS)
+_PREFIXES6 = struct.Struct("6s12x" * SLOTS)
+_COUNTS = struct.Struct("<QQ")
 
 # Stores whose files a forked child has to open again: it shares its parent's flock.
 _STORES = WeakSet()
@@ -1591,7 +1607,9 @@ class FileStore:
 
     Limits: the file system must have flock. A power cut may lose the last seconds,
     because nothing waits for the disk. Seconds are good until 2106. Another format gets
-    another folder. The file swarms.count holds the number of swarms, 8 bytes.
+    another folder. The file swarms.count holds two numbers of 8 bytes: of swarms, and
+    of those with peers. max_swarms limits the second number. The first number may be
+    twice as large. Then the swarms go first that have been empty for longest.
     """
 
     def __init__(self, folder, settings):
@@ -1613,11 +1631,14 @@ class FileStore:
         A peer is identified by its peer_id and counts once, with one endpoint of each
         address family. An endpoint belongs to one peer: if a new peer_id announces from
         it, its client was restarted, and the old peer is removed, whatever its key.
+        From another address, a client takes a peer over only with the same key.
         A peer is never handed its own endpoints. A seeder is handed no seeders, except
-        for a new endpoint: aria2 with a magnet link announces left=0 before it has any
-        data. Each peer adds at most one snatch.
-        Raise TrackerError if a limit is reached, or if the peer_id belongs to a peer
-        with another key and, in this family, another address.
+        for a new endpoint, and then behind the leechers: aria2 with a magnet link
+        announces left=0 before it has any data. While there are others, an address or
+        an IPv6 /48 gets at most a quarter of a reply, or five peers. A leecher that
+        becomes a seeder adds a snatch, once. If the swarm has max_peers, a new peer
+        gets a reply, but is not kept. Raise TrackerError if another limit is reached,
+        or if a peer with another key has this peer_id.
         """
         info_hash, create = announce.info_hash, announce.event != "stopped"
         found = self._visit(info_hash, now, create, Swarm.announce, announce, wanted)
@@ -1632,17 +1653,18 @@ class FileStore:
 
     def swarms(self, now):
         """Yield (info_hash, Counts) of every swarm that has peers or snatches."""
-        before, found, removed = self._count_swarms(), 0, 0
+        (before, _), found, live, removed = self._count_swarms(), 0, 0, 0
         walk = self._walk(range(256), lambda: now, Swarm.counts_or_retire)
         for info_hash, counts in walk:
             if counts:
                 found += 1
+                live += bool(counts.seeders or counts.leechers)
                 yield info_hash, counts
             else:
                 removed += 1
-        # A kill may have left a wrong number. Correct it, unless it changed meanwhile.
+        # A kill may have left wrong numbers. Correct them, if no swarm came meanwhile.
         left = max(0, before - removed)
-        self._count_swarms(lambda number: found if number == left else number)
+        self._count_swarms(lambda *known: (found, live) if known[0] == left else known)
 
     def records(self, clock):
         """Yield (info_hash, snatches, peers) of every swarm, as of one moment each.
@@ -1719,13 +1741,14 @@ class FileStore:
             if swarm is None:
                 return None
             swarm.lock.acquire()
+            emptied = swarm.emptied
             try:
                 fcntl.flock(swarm.fd, fcntl.LOCK_EX)
                 if swarm.map is None and swarm.head and self._is_mappable:
                     # At the second visit, if it has content and a descriptor is left.
                     with suppress(OSError, ValueError):
                         swarm.map = mmap.mmap(swarm.fd, 0)
-                swarm.begin(now)
+                emptied = swarm.begin(now)
                 return work(swarm, *arguments)
             except (RetiredError, DamagedError) as error:
                 self._remove(swarm, error)
@@ -1733,12 +1756,18 @@ class FileStore:
                 swarm.head = b""  # memory may differ from the file now
                 raise
             finally:
+                more = bool(emptied) - bool(swarm.emptied)  # swarms with peers
                 if swarm.first:
                     swarm.first.data = b""  # an open file needs no memory for it
                 try:
                     fcntl.flock(swarm.fd, fcntl.LOCK_UN)
                 finally:
                     swarm.lock.release()
+                if more:
+                    with suppress(OSError):  # ``swarms`` corrects the number
+                        self._count_swarms(
+                            lambda files, live, n=more: (files, live + n)
+                        )
 
     def _close_old(self, now):
         """Once a second, close files that had no announce for ten seconds."""
@@ -1787,17 +1816,37 @@ class FileStore:
         If this process is killed before it writes to the file, the swarm has no peers.
         """
 
-        def create(swarms):
-            if 0 < self.settings.max_swarms <= swarms:
-                reason = f"this tracker is full: it tracks {swarms} torrents already"
+        most = self.settings.max_swarms
+
+        def create(swarms, live):
+            if 0 < most <= live:
+                reason = f"this tracker is full: it tracks {live} torrents already"
                 raise TrackerError(reason, kind="full")
             os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
             os.close(os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o600))
-            return swarms + 1
+            return swarms + 1, live
 
         os.makedirs(self.folder, 0o700, exist_ok=True)
         with suppress(FileExistsError):  # another process has just created it
-            self._count_swarms(create)
+            swarms, _ = self._count_swarms(create)
+            if 0 < 2 * most < swarms:
+                self._make_room()
+
+    def _make_room(self):
+        """Remove some of the empty swarms, those that have been empty for longest.
+
+        At least half of the swarms are empty then. In the next folders with a hundred
+        of these, the older half is removed, in a few milliseconds.
+        """
+        found, now = [], self._now
+        for _ in range(256):
+            self._next = (self._next + 1) % 256
+            walk = self._walk([self._next], lambda: now, lambda swarm: swarm.emptied)
+            found += [(since, info_hash) for info_hash, since in walk if since]
+            if len(found) > 100:
+                break
+        for _, info_hash in sorted(found)[: -(-len(found) // 2)]:
+            self._visit(info_hash, now, False, Swarm.counts_or_retire, False)
 
     def _remove(self, swarm, error):
         """Remove a swarm after a RetiredError; after a DamagedError, keep it aside.
@@ -1821,20 +1870,20 @@ class FileStore:
             log.error(text, swarm.path, error, aside)
         else:
             os.unlink(swarm.path)
-        self._count_swarms(lambda number: number - 1)
+        self._count_swarms(lambda swarms, live: (swarms - 1, live))
 
     def _count_swarms(self, change=None):
-        """Return the number of swarms; first replace it by ``change(number)``."""
+        """Return (swarms, those with peers), first replaced by ``change`` of both."""
         try:
             fd = os.open(f"{self.folder}/swarms.count", _FLAGS | os.O_CREAT, 0o600)
         except FileNotFoundError:
-            return 0  # there is no data folder yet
+            return 0, 0  # there is no data folder yet
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            number = int.from_bytes(os.pread(fd, 8, 0), "little")
-            changed = max(0, change(number)) if change else number
-            if changed != number:
-                write_at(fd, changed.to_bytes(8, "little"), 0)
+            known = _COUNTS.unpack(os.pread(fd, 16, 0).ljust(16, b"\0"))
+            changed = [max(0, number) for number in change(*known)] if change else known
+            if changed != known:
+                write_at(fd, _COUNTS.pack(*changed), 0)
             return changed
         finally:
             os.close(fd)
@@ -1842,11 +1891,6 @@ class FileStore:
 
 class Swarm:
     """An open swarm file. FileStore locks it, and calls ``begin`` first."""
-
-    __slots__ = (
-        "path fd lock opened map info_hash settings now due first head loaded"
-        " salt pages tally snatches recount_at emptied state"
-    ).split()
 
     def __init__(self, path, info_hash, settings, now):
         """Open the file at ``path``; raise FileNotFoundError if there is none."""
@@ -1857,6 +1901,7 @@ class Swarm:
         self.map = None  # the file as memory
         self.first, self.head = None, b""  # page 0, and its first bytes in the file
         self.loaded = {}  # other pages by number
+        self.emptied = 0  # since when the swarm has no peers, or 0
 
     def __del__(self, close=os.close):  # os may be gone when Python exits
         # Close it only here, because another thread may still use this Swarm.
@@ -1864,7 +1909,7 @@ class Swarm:
             close(self.fd)
 
     def begin(self, now):
-        """Read the first page; raise DamagedError or RetiredError."""
+        """Read page 0; return the old ``emptied``. Raise DamagedError, RetiredError."""
         self.now = now
         # If the file was cut short, to touch its memory would kill the process.
         if self.map and os.lseek(self.fd, 0, os.SEEK_END) != len(self.map):
@@ -1876,8 +1921,10 @@ class Swarm:
             self._read_first(data[:PAGE])
         if self.loaded:
             self.loaded = {}
+        emptied = self.emptied
         if now >= self.due:
             self._maintain()
+        return emptied
 
     def _read_first(self, data):
         """Read the head of the swarm from the first page; ``data`` is its bytes."""
@@ -1929,7 +1976,12 @@ class Swarm:
             own, is_new = self._record(announce, seeder)
         if announce.event == "stopped" or not wanted:
             return self.counts(), NO_PEERS
-        peers = self._pick(wanted, is_new or not seeder, own, not announce.compact)
+        options = seeder, is_new, own, not announce.compact
+        peers = self._choose(wanted, *options)
+        is_local = is_loopback(announce.address)
+        if not is_local and any(map(is_crowded, peers[1:], (6, 18))):
+            # Among sixteen times as many peers are enough others.
+            peers = spread(wanted, *self._choose(16 * wanted, *options))
         return self.counts(), Peers(*peers)
 
     def _renew(self, announce, seeder):
@@ -1944,10 +1996,10 @@ class Swarm:
         else:
             first, width, seen_at = _ENDS6, 18, _SEEN6_AT
         page = self.first
-        views = ((0, page.data, 0, page.peers, page.leechers),)
+        views = ((0, page.data, 0, page.bounds()),)
         if self.pages > 1:  # read one by one
             views = ((n, *self._view(n)) for n in self._homes(announce.peer_id))
-        for number, data, start, peers, leechers in views:
+        for number, data, start, (_, leechers, peers) in views:
             column = start + first
             at = data[column : column + peers * width].find(endpoint)
             slot, rest = divmod(at, width)
@@ -1968,7 +2020,8 @@ class Swarm:
                 else:
                     write_at(self.fd, seen, at)
                 at4, at6 = start + _ENDS4 + slot * 6, start + _ENDS6 + slot * 18
-                return without_zeros(data[at4 : at4 + 6], data[at6 : at6 + 18])
+                ends = data[at4 : at4 + 6], data[at6 : at6 + 18]
+                return [each if any(each) else b"" for each in ends]
         return None
 
     def _record(self, announce, seeder):
@@ -1984,20 +2037,23 @@ class Swarm:
             old, was_leecher = page[slot], slot < page.leechers
         elif is_stopped:
             return (b"", b""), False
-        known = old.endpoint4 if len(endpoint) == 6 else old.endpoint6
-        # 2. A client keeps its key when it moves (BEP 7), and its address when it
-        #    restarts. If both differ, another client uses this peer_id. qBittorrent 4.2
-        #    has one key for each family, so a family without an endpoint is free.
-        if slot >= 0 and known[:-2] != announce.address:
-            is_taking = any(known) or is_stopped
-            if is_taking and old.key not in (0, announce.key):
-                reason = "peer_id is in use with another key: restart your client"
-                raise TrackerError(reason, kind="key")
-            announce = announce._replace(key=old.key or announce.key)
-        # 3. Remove the peer that has this endpoint: it is this client before a restart.
-        #    If the process is killed before step 5, the client announces again.
+        known, other = old[5:] if len(endpoint) == 6 else old[6:4:-1]
+        # 2. Is it this peer's client?
+        if slot >= 0:
+            announce = announce._replace(key=key_after(announce, old.key, known, other))
+        # 3. Look for another peer that has this endpoint: this client before a restart.
         is_moved = known != endpoint and not is_stopped
         owner = self._owner(endpoint, page.number) if is_moved else None
+        is_gained = is_moved and not owner and known[:-2] != announce.address
+        if is_gained and self._has_many(announce.address):
+            most = self.settings.max_peers_per_address
+            reason = f"your address has {most} peers in this swarm already"
+            raise TrackerError(reason, kind="full")
+        new = updated(old, announce, self.now)
+        if slot < 0 and not owner and 0 < self.settings.max_peers <= self.tally[0]:
+            return new.endpoints(), True
+        # 4. Remove that peer. If the process is killed before step 6, the client
+        #    announces again.
         if owner:
             former_page, former_slot = owner
             if slot < 0:
@@ -2006,17 +2062,15 @@ class Swarm:
             self._save(former_page)
             old = old._replace(state=old.state | former.state & SNATCHED)
             page, slot = self._locate(announce.peer_id)
-        # 4. Find room for a new peer, and change its Record. rTorrent may finish
+        # 5. Find room for a new peer, and change its Record. rTorrent may finish
         #    without "completed"; then its next announce has left=0.
         if slot < 0:
-            if not owner:
-                self._refuse_excess(announce.address)
             page = self._page_with_room(announce.peer_id)
-        new = updated(old, announce, self.now)
+        new = new._replace(state=new.state | old.state & SNATCHED)
         if seeder and was_leecher:
             new = new._replace(state=new.state | SNATCHED)
         self.snatches += (new.state & ~old.state) // SNATCHED
-        # 5. Write it.
+        # 6. Write it.
         if slot >= 0:
             page.remove(slot)
         if not is_stopped:
@@ -2045,26 +2099,25 @@ class Swarm:
             ends = record.endpoints()
             if slot >= 0 or any(self._owner(end, page.number) for end in ends):
                 continue
-            try:
-                for end in filter(None, ends):
-                    self._refuse_excess(end[:-2])
-                page = self._page_with_room(record.peer_id)
-                page.add(record, seeder)
-                self._save(page)
-            except TrackerError:
+            is_full = 0 < self.settings.max_peers <= self.tally[0]
+            if is_full or any(self._has_many(end[:-2]) for end in ends if end):
                 refused += 1
+                continue
+            page = self._page_with_room(record.peer_id)
+            page.add(record, seeder)
+            self._save(page)
         if self._head() != self.head[_PAGE_HEAD.size :]:
             self._save(self.first)
         return refused
 
-    def counts_or_retire(self):
-        """Return Counts if the swarm has peers, or anything else worth keeping.
+    def counts_or_retire(self, keep=True):
+        """Return Counts if the swarm has peers, or snatches that are worth keeping.
 
         If not, tell other processes that have the file open not to use it any more, and
         raise RetiredError. If this process is killed then, the next process to find the
         file removes it.
         """
-        kept = self.settings.swarm_ttl if self.snatches else 0
+        kept = self.settings.swarm_ttl if self.snatches and keep else 0
         if self.tally[0] or self.now < self.emptied + kept:
             return self.counts()
         self.state = RETIRED
@@ -2072,32 +2125,37 @@ class Swarm:
         self.head = b""  # for a thread that waits for the lock of this Swarm
         raise RetiredError
 
-    def _refuse_excess(self, address):
-        """Raise TrackerError if the swarm, or an address in it, has too many peers.
+    def _has_many(self, address):
+        """Return True if an address, or its /48, has max_peers_per_address here.
 
         In a swarm of many pages the peers of an address are estimated from a sample of
         pages: the salted hash spreads them evenly, and the limit is raised by three
         standard deviations.
         """
-        most = self.settings.max_peers
-        if most and self.tally[0] >= most:
-            raise TrackerError(f"this swarm is full: it has {most} peers", kind="full")
         most = self.settings.max_peers_per_address
-        if not most or address[0] == 127 or address == _LOOPBACK6:
-            return
+        if not most or is_loopback(address):
+            return False
         # Always the same pages. With random ones, a client that repeats its announce
         # would soon meet a sample in which the address has few peers.
-        start = zlib.crc32(address[:8]) * self.pages >> 32
+        start = zlib.crc32(address[:6]) * self.pages >> 32
         sampled = min(self.pages, SAMPLE)
         pages = [self._page((start + i) % self.pages) for i in range(sampled)]
         share = most * sampled / self.pages
         allowed = share if sampled == self.pages else share + 3 * share**0.5
-        if sum(page.count_from(address) for page in pages) >= allowed:
-            reason = f"your address has {most} peers in this swarm already"
-            raise TrackerError(reason, kind="full")
+        return sum(page.count_from(address) for page in pages) >= allowed
 
-    def _pick(self, wanted, seeders_too, own, with_ids):
-        """Return up to ``wanted`` peers as the columns of Peers.
+    def _choose(self, wanted, seeder, is_new, own, with_ids):
+        """Return what _pick does. A new seeder gets seeders behind the leechers."""
+        columns = self._pick(wanted, LEECHERS if seeder else ALL, own, with_ids)
+        if seeder and is_new:
+            missing = wanted - max(len(columns[1]) // 6, len(columns[2]) // 18)
+            if missing:
+                more = self._pick(missing, SEEDERS, own, with_ids)
+                columns = tuple(map(add, columns, more))
+        return columns
+
+    def _pick(self, wanted, kind, own, with_ids):
+        """Return up to ``wanted`` peers of a kind as the columns of Peers.
 
         They are a run of the swarm's peers in the order of its pages, from a random
         peer on. So all peers are equally likely. In a swarm of more than 2,500 peers, a
@@ -2105,31 +2163,33 @@ class Swarm:
         the peer that asks, as Record.endpoints returns them. They are left out, and so
         are peers without a port in its families.
         """
-        size = 2 if seeders_too else 3  # in the values of _view
+        begin, end = kind  # in the bounds of a page
         if self.pages == 1:
-            pool = self.first.peers if seeders_too else self.first.leechers
-            ids, ends4, ends6 = columns_of(self.first.data, 0, 0, pool, own, with_ids)
-            count, ids, ends4, ends6 = usable_peers(ids, ends4, ends6, own)
+            data, bounds = self.first.data, self.first.bounds()
+            columns = columns_of(data, 0, bounds[begin], bounds[end], own, with_ids)
+            count, *columns = usable_peers(*columns, own)
             if count <= wanted:
-                return ids, ends4, ends6
-            return run_of_peers(int(random() * count), wanted, ids, ends4, ends6)
+                return columns
+            return run_of_peers(int(random() * count), wanted, *columns)
         # 1. Choose a page in proportion to its peers. Half more than the average is the
         #    most that counts, so two pages of three are taken.
-        most = 1 + 3 * self.tally[size - 2] // (2 * self.pages)
+        bounds = 0, self.tally[1], self.tally[0]
+        most = 1 + 3 * (bounds[end] - bounds[begin]) // (2 * self.pages)
         for _ in range(16):
             first = int(random() * self.pages)
-            view = self._view(first)
-            if random() * most < view[size]:
+            data, start, bounds = self._view(first)
+            if random() * most < bounds[end] - bounds[begin]:
                 break
         # 2. Go on from a random peer in it, and end with the peers before that one.
-        slot = skipped = int(random() * view[size])
+        slot = skipped = int(random() * (bounds[end] - bounds[begin]))
         missing, columns = wanted + 1, (b"", b"", b"")  # one may be the peer itself
         number, last = first, first + min(self.pages, MOST_SEARCHED + wanted // SPARSE)
         while True:
-            pool = skipped if number == first + self.pages else view[size]
+            at, pool = bounds[begin], bounds[end] - bounds[begin]
+            pool = skipped if number == first + self.pages else pool
             stop = min(pool, slot + missing)
             if stop > slot:
-                more = columns_of(*view[:2], slot, stop, own, with_ids)
+                more = columns_of(data, start, at + slot, at + stop, own, with_ids)
                 columns, missing = tuple(map(add, columns, more)), missing - stop + slot
             if not missing or number == last:
                 count, *columns = usable_peers(*columns, own)
@@ -2139,7 +2199,7 @@ class Swarm:
             slot = stop
             if slot >= pool:
                 number, slot = number + 1, 0
-                view = self._view(number % self.pages)
+                data, start, bounds = self._view(number % self.pages)
 
     def _owner(self, endpoint, near):
         """Return (page, slot) of the peer that has an endpoint, or None.
@@ -2249,22 +2309,21 @@ class Swarm:
         return page
 
     def _view(self, number):
-        """Return (data, start, peers, leechers) of a page without its expired peers.
+        """Return (data, start, bounds) of a page without its expired peers.
 
-        The page begins at ``start`` in ``data``. That is the mapped file if possible,
-        because a page of a large swarm is in no cache of the CPU: to copy it all would
-        take a microsecond.
+        The page begins at ``start`` in ``data``, and has these Page.bounds. The data is
+        the mapped file if possible: to copy a page of a large swarm takes 1 µs.
         """
         if not number:
-            return self.first.data, 0, self.first.peers, self.first.leechers
+            return self.first.data, 0, self.first.bounds()
         at = number * PAGE
         if self.map and at < len(self.map) and number not in self.loaded:
             magic, peers, leechers, *_, oldest = _PAGE_HEAD.unpack_from(self.map, at)
             is_current = not 0 < oldest < self.now - self.settings.peer_ttl
             if is_current and magic == MAGIC and leechers <= peers <= SLOTS:
-                return self.map, at, peers, leechers
+                return self.map, at, (0, leechers, peers)
         page = self._page(number)
-        return page.data, 0, page.peers, page.leechers
+        return page.data, 0, page.bounds()
 
     def _all_pages(self):
         """Yield all pages; keep only one of them in memory."""
@@ -2381,8 +2440,6 @@ class Page:
     endpoints. A page knows nothing of files. FileStore documents its bytes.
     """
 
-    __slots__ = "number data peers leechers partial_seeds oldest counted".split()
-
     def __init__(self, number, data):
         """Read page ``number`` from 4096 bytes; raise DamagedError if it is corrupt."""
         if len(data) != PAGE:
@@ -2400,6 +2457,10 @@ class Page:
     def counts(self):
         """Return (peers, leechers among them, partial seeds among the leechers)."""
         return self.peers, self.leechers, self.partial_seeds
+
+    def bounds(self):
+        """Return the slots where leechers begin, seeders begin, and seeders end."""
+        return 0, self.leechers, self.peers
 
     def __getitem__(self, slot):
         data, at4, at6 = self.data, _ENDS4 + slot * 6, _ENDS6 + slot * 18
@@ -2447,12 +2508,12 @@ class Page:
         return _SEEN.unpack_from(self.data, _RECORDS)[: 2 * self.peers]
 
     def count_from(self, address):
-        """Return how many peers have an IPv4 address, or the /64 of an IPv6 one."""
+        """Return how many peers have an IPv4 address, or the /48 of an IPv6 one."""
         if len(address) == 4:
             sources = _ADDRESSES4.unpack_from(self.data, _ENDS4)
         else:
             sources = _PREFIXES6.unpack_from(self.data, _ENDS6)
-        return sources[: self.peers].count(address[:8])
+        return sources[: self.peers].count(address[:6])
 
 
 def columns_of(data, start, slot, stop, own, with_ids):
@@ -2481,10 +2542,7 @@ def usable_peers(ids, ends4, ends6, own):
         ports4 = map(or_, ends4[4::6], ends4[5::6])
         ports6 = map(or_, ends6[16::18], ends6[17::18])
         slots = [i for i, ports in enumerate(zip_longest(ports4, ports6)) if any(ports)]
-        ids, ends4, ends6 = (
-            b"".join([column[i * width : (i + 1) * width] for i in slots])
-            for column, width in ((ids, 20), (ends4, 6), (ends6, 18))
-        )
+        ids, ends4, ends6 = peers_at(slots, ids, ends4, ends6)
     pool = len(ends4) // 6 or len(ends6) // 18
     # 2. Behind a proxy without a port, other peers may have the same endpoint.
     while (slot := find_item(ends4, own4, 6)) >= 0 or (
@@ -2493,6 +2551,49 @@ def usable_peers(ids, ends4, ends6, own):
         pool -= 1
         ids, ends4, ends6 = run_of_peers(slot + 1, pool, ids, ends4, ends6)
     return pool, ids, ends4, ends6
+
+
+def peers_at(slots, ids, ends4, ends6):
+    """Return the columns of the peers in some slots of the columns."""
+    return (
+        b"".join([column[i * width : (i + 1) * width] for i in slots])
+        for column, width in ((ids, 20), (ends4, 6), (ends6, 18))
+    )
+
+
+def is_crowded(column, width):
+    """Return True if an address or a /48 has more than its share of a reply.
+
+    The last byte of most addresses differs, so a look at that is enough, in 1 µs for 50
+    endpoints. Zeros are no endpoint.
+    """
+    number, size = len(column) // width, 4 if width == 6 else 6
+    most = max(FEW, number // 4)
+    if number - len({*column[size - 1 :: width]}) < most:
+        return False
+    sources = Counter(endpoint[:size] for endpoint in chunks(column, width))
+    return any(sources[each] > most for each in sources if any(each))
+
+
+def spread(wanted, ids, ends4, ends6):
+    """Return up to ``wanted`` peers of the columns, the first ones that fit.
+
+    An address or an IPv6 /48 gets at most a quarter of them, or FEW peers, while there
+    are others.
+    """
+    pairs = zip_longest(chunks(ends4, 6), chunks(ends6, 18), fillvalue=b"")
+    sources = [[*filter(any, (end4[:4], end6[:6]))] for end4, end6 in pairs]
+    totals = Counter(chain.from_iterable(sources))
+    share = wanted if max(totals.values()) == len(sources) else wanted // 4
+    while True:
+        most, counts, slots = max(FEW, share), Counter(), []
+        for slot, of_peer in enumerate(sources):
+            if len(slots) < wanted and all(counts[each] < most for each in of_peer):
+                counts.update(of_peer)
+                slots.append(slot)
+        share = len(slots) // 4
+        if most <= max(FEW, share) or most == wanted:
+            return peers_at(slots, ids, ends4, ends6)
 
 
 def find_item(column, wanted, width):
@@ -2522,6 +2623,10 @@ def is_seeder(announce):
     return announce.left == 0 or is_done
 
 
+def is_loopback(address):
+    return address[:1] == b"\x7f" or address == _LOOPBACK6
+
+
 def endpoint_of(announce):
     """Return the endpoint of an Announce: 6 or 18 bytes."""
     # Nothing can connect to ports 0 and 1: libtorrent sends 1 behind a proxy.
@@ -2529,19 +2634,29 @@ def endpoint_of(announce):
     return announce.address + port.to_bytes(2, "big")
 
 
-def without_zeros(endpoint4, endpoint6):
-    """Return two endpoints of a record, b"" for a missing one."""
-    return (
-        endpoint4 if endpoint4 != _NO_ENDPOINT4 else b"",
-        endpoint6 if endpoint6 != _NO_ENDPOINT6 else b"",
-    )
+def key_after(announce, key, known, other):
+    """Return the key of a peer after an Announce with its peer_id.
+
+    ``known`` is its endpoint in this family, ``other`` the one in the other family. A
+    client keeps its key when it moves (BEP 7), and its address when it restarts. If
+    both differ, raise TrackerError, because another client uses this peer_id.
+    qBittorrent 4.2 has one key for each family, so a family without an endpoint is
+    free. But that is not enough to change the key, or to stop the peer.
+    """
+    is_here, has_key = known[:-2] == announce.address, key == announce.key
+    if is_here and not any(other):
+        return announce.key
+    may_announce = has_key or is_here or not any(known)
+    may_stop = has_key and (is_here or key)
+    if not (may_stop if announce.event == "stopped" else may_announce):
+        reason = "peer_id is in use with another key: restart your client"
+        raise TrackerError(reason, kind="key")
+    return key
 
 
 def updated(old, announce, now):
     """Return the Record of a peer after an announce."""
     state = old.state & SNATCHED
-    if announce.event == "completed":
-        state |= SNATCHED
     if announce.event == "paused" and not is_seeder(announce):
         state |= PARTIAL  # BEP 21
     known = old._replace(peer_id=announce.peer_id, key=announce.key, state=state)
@@ -2588,13 +2703,15 @@ def write_at(fd, data, at):
 
 
 is_cgi = __name__ == "__main__" and "GATEWAY_INTERFACE" in os.environ
+if is_cgi:
+    from wsgiref.handlers import CGIHandler  # only CGI needs it
 if is_cgi and request_kind(os.environ.get("PATH_INFO", "")):
     # To import Flask takes three times as long as everything above.
     try:
-        tracker = open_tracker(load_settings())
+        tracker = Tracker(load_settings())
     except SettingsError as error:
         sys.exit(f"app.py: {error}")  # for the web server's error log
-    answer_cgi(TrackerApp(tracker, pages=None))
+    CGIHandler().run(TrackerApp(tracker, pages=None))
     sys.exit()
 
 # Flask from here on: an announce by CGI has ended above.
@@ -2606,8 +2723,7 @@ from contextlib import closing  # noqa: E402
 from http.client import HTTPConnection, HTTPSConnection  # noqa: E402
 from itertools import islice  # noqa: E402
 from operator import attrgetter  # noqa: E402
-from shutil import copyfileobj  # noqa: E402
-from tempfile import NamedTemporaryFile, TemporaryFile  # noqa: E402
+from tempfile import NamedTemporaryFile  # noqa: E402
 from urllib.parse import urlencode, urljoin, urlsplit  # noqa: E402
 
 import click  # noqa: E402
@@ -2618,6 +2734,7 @@ from jinja2 import DictLoader  # noqa: E402
 from werkzeug.exceptions import HTTPException, ServiceUnavailable  # noqa: E402
 from werkzeug.http import http_date  # noqa: E402
 from werkzeug.middleware.proxy_fix import ProxyFix  # noqa: E402
+from werkzeug.urls import iri_to_uri  # noqa: E402
 
 # -- Templates ------------------------------------------------------------------------
 # The style sheet and the pages. They need no script and load nothing, which the header
@@ -2665,7 +2782,8 @@ footer { margin-top: 3rem } footer a, small a { margin-right: .5rem }
 TEMPLATES = {
     "base.html": """\
 {% set settings = tracker.settings -%}
-{% set root = request.script_root ~ "/" -%} {# path that the tracker is mounted at -#}
+{% set root = request.script_root | urlencode ~ "/" -%} {# where it is mounted -#}
+{% set site = site_url() -%}
 <!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -2699,7 +2817,7 @@ other. It stores no files. {% if tracker.catalogue.is_open() %}It is open: it tr
 torrent that clients announce.{% else %}It tracks only the torrents that its operator
 has added. If a client announced a torrent before that, use "Force reannounce" in it.
 {% endif %} Announce URL:</p>
-<p class="block"><code>{{ site_url() }}announce</code></p>
+<p class="block"><code>{{ site }}announce</code></p>
 {% endblock %}
 {% block main %}
 {% if tracker.catalogue.unread %}<p class="note">Torrent files still to read:
@@ -2729,7 +2847,8 @@ has added. If a client announced a torrent before that, use "Force reannounce" i
 {% endfor %}
 </tr></thead><tbody>
 {% for row in rows -%}
-{% set page, counts, link = root ~ "torrent/" ~ row.id, row.counts, row | magnet_of -%}
+{% set page, counts = root ~ "torrent/" ~ row.id, row.counts -%}
+{% set link = row | magnet_of(site) -%}
 <tr><td><a href="{{ page }}"><bdi>{{ row.name }}</bdi></a><br><small>
 {% if row.category %}<a class="faint" href="{{ root }}?category=
 {{- row.category | urlencode }}#torrents"><bdi>{{ row.category }}</bdi></a>{% endif %}
@@ -2776,8 +2895,8 @@ has added. If a client announced a torrent before that, use "Force reannounce" i
 {% block main %}
 {% set torrent, code = row.torrent, "<code>%s</code>" | safe -%}
 <p class="links"><a class="button" href="{{ row.id }}.torrent">Download .torrent</a>
-{% if row | magnet_of %}<a class="button" href="{{ row | magnet_of }}">Magnet link</a>
-{% endif %}</p>
+{% set link = row | magnet_of(site) -%}
+{% if link %}<a class="button" href="{{ link }}">Magnet link</a>{% endif %}</p>
 <dl class="about">
 {% for name, text in [
   ("Size", torrent.size | filesizeformat(true) ~ " ({:,} bytes)".format(torrent.size)),
@@ -2812,14 +2931,15 @@ has added. If a client announced a torrent before that, use "Force reannounce" i
 <?xml version="1.0" encoding="utf-8"?>
 <rss version="2.0" xmlns:atom="http://www.w3.org/2005/Atom">
 <channel>
+{% set site = site_url() -%}
 <title>{{ about }}</title>
-<link>{{ site_url() }}</link>
+<link>{{ site }}</link>
 <description>Torrents of {{ about }}</description>
 <ttl>30</ttl>
-<atom:link href="{{ site_url() }}{{ query.link("feed.xml") }}"
+<atom:link href="{{ site }}{{ query.link("feed.xml") }}"
  rel="self" type="application/rss+xml"/>
 {% for row in rows -%}
-{% set torrent, page = row.torrent, site_url() ~ "torrent/" ~ row.id -%}
+{% set torrent, page = row.torrent, site ~ "torrent/" ~ row.id -%}
 <item>
 <title>{{ row.name }}</title>
 <link>{{ page }}</link>
@@ -2854,22 +2974,6 @@ its front end</a>, as <code>python app.py doctor URL</code> does from any machin
 # The list of torrents and the page of one, for people, as RSS and as JSON. A ListQuery
 # selects from the list's Rows. ``visible`` shows hidden characters in strangers' texts.
 
-# Control and direction characters, halves of surrogates, and characters that XML does
-# not allow. The two joiners are not among them: Persian and emoji need them.
-_INVISIBLE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
-    "\ud800-\udfff\ufeff\ufff9-\ufffb\ufffe\uffff\U000e0000-\U000e0fff]"
-)
-
-
-def visible(text):
-    """Return the text with invisible characters spelled out.
-
-    >>> visible("evil\\u202egpj.exe")
-    'evil⟨U+202E⟩gpj.exe'
-    """
-    return _INVISIBLE.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
-
 
 class Row:
     """A Torrent of the list, with its counts; ``counts`` holds Counts by info_hash."""
@@ -2883,9 +2987,9 @@ class Row:
         self.id = torrent.v1 or torrent.v2
         self.name = visible(torrent.name)
         self.category = visible(folder.decode("utf-8", "replace"))  # "" for none
-        self.categories = [*accumulate(self.category.split("/"), "{}/{}".format)]
         # The text that a search looks at. It begins with the name, to sort by it.
         self.searched = f"{self.name}\n{torrent.name}\n{self.category}".casefold()
+        self.json = ""  # of the list of all torrents, with ANY_SITE as its site_url
 
 
 # Heading, attribute of a Row, and sort orders in the form with their names. The key
@@ -2924,8 +3028,9 @@ class ListQuery(NamedTuple):
     def select(self, rows):
         """Return the rows with all words that are in the category or below it."""
         if self.category:
-            rows = [row for row in rows if self.category in row.categories]
-        for word in self.q.casefold().split():
+            within = f"{self.category}/"
+            rows = [row for row in rows if f"{row.category}/".startswith(within)]
+        for word in {*self.q.casefold().split()}:
             rows = [row for row in rows if word in row.searched]
         return rows
 
@@ -2992,6 +3097,8 @@ def month_graph(history, now):
 
 
 PER_PAGE = 100  # torrents on a page of the list, and in the feed
+PER_PIECE = 100  # torrents in a piece of /torrents.json
+ANY_SITE = f"https://{os.urandom(16).hex()}.invalid/"  # stands for site_url
 CORS_HEADERS = {"Access-Control-Allow-Origin": "*"}  # pages of any site may read JSON
 pages = Blueprint("pages", __name__)
 
@@ -3008,8 +3115,9 @@ def front():
     found = query.select(rows)
     last = max(1, -(-len(found) // PER_PAGE))
     page = min(query.page, last)
-    seeders, leechers, *_, swarms = totals
-    numbers = {"seeders": seeders, "leechers": leechers, "swarms": swarms}
+    numbers = {
+        name: getattr(totals, name) for name in ("seeders", "leechers", "swarms")
+    }
     numbers |= {"torrents": len(rows)} if rows else {}
     return render_template(
         "front.html",
@@ -3108,15 +3216,14 @@ def add_security_headers(response):
 
 
 def site_url():
-    """Return the URL of the front page, with a slash at its end."""
+    """Return the URL of the front page in ASCII, with a slash at its end."""
     url = current_app.tracker.settings.url
-    return f"{url}/" if url else request.url_root
+    return f"{url}/" if url else iri_to_uri(request.url_root)
 
 
-def magnet_of(row):
+def magnet_of(row, site):
     """Return a magnet link, or None for a private torrent, where it would not work."""
-    url = f"{site_url()}announce"
-    return None if row.torrent.is_private else magnet(row.torrent, url)
+    return None if row.torrent.is_private else magnet(row.torrent, f"{site}announce")
 
 
 def date_text(seconds):
@@ -3133,21 +3240,43 @@ def feed():
     about = visible(" / ".join(filter(None, words)))
     text = render_template("feed.xml", about=about, query=query, rows=rows)
     response = current_app.response_class(text, mimetype="application/rss+xml")
-    response.last_modified = rows[0].torrent.added if rows else None
+    response.last_modified = current_app.tracker.catalogue.changed
     response.add_etag()
     return response.make_conditional(request)
 
 
 @pages.get("/torrents.json")
 def torrents_json():
-    """Send the torrents of a search, of a category, or all, in any sort order."""
-    query = ListQuery.parse(request.args)
-    rows = query.select(current_app.listing(query.sort, int(time.time()))[0])
-    return {"torrents": [_json_of(row) for row in rows]}, CORS_HEADERS
+    """Send the torrents of a search, of a category, or all, in any sort order.
+
+    The text of each torrent is made once, for all visitors. It is sent in pieces, so
+    that a gevent worker answers announces meanwhile.
+    """
+    query, site, app = ListQuery.parse(request.args), site_url(), current_app
+    rows = query.select(app.listing(query.sort, int(time.time()))[0])
+    urls = {ANY_SITE: json.dumps(site)[1:-1], quote(ANY_SITE, ""): quote(site, "")}
+    response = app.response_class(mimetype="application/json", headers=CORS_HEADERS)
+    state = repr((app.listing_state, query, site)).encode(errors="replace")
+    response.set_etag(sha1(state).hexdigest())
+
+    def pieces():
+        yield '{"torrents": ['
+        for at in range(0, len(rows), PER_PIECE):
+            for row in (piece := rows[at : at + PER_PIECE]):
+                row.json = row.json or json.dumps(_json_of(row, ANY_SITE))
+            text = ", ".join(row.json for row in piece)
+            for marker, url in urls.items():
+                text = text.replace(marker, url)
+            yield f", {text}" if at else text
+            time.sleep(0.005)
+        yield "]}\n"
+
+    response.response = pieces()
+    return response.make_conditional(request)
 
 
-def _json_of(row):
-    torrent, page = row.torrent, f"{site_url()}torrent/{row.id}"
+def _json_of(row, site):
+    torrent, page = row.torrent, f"{site}torrent/{row.id}"
     return {
         "name": torrent.name,
         "category": row.category,
@@ -3160,7 +3289,7 @@ def _json_of(row):
         **row.counts._asdict(),
         "page": page,
         "download": f"{page}.torrent",
-        "magnet": magnet_of(row),
+        "magnet": magnet_of(row, site),
     }
 
 
@@ -3168,13 +3297,13 @@ def _json_of(row):
 def torrent_json(info_hash):
     """Send everything that is known about a torrent, with all files."""
     row, _, details = _torrent_or_404(info_hash)
-    return {**_json_of(row), **details}, CORS_HEADERS
+    return {**_json_of(row, site_url()), **details}, CORS_HEADERS
 
 
 @pages.get("/stats.json")
 def stats():
     """Send the totals of the front page."""
-    totals = current_app.tracker.totals(int(time.time()))
+    totals, _ = current_app.tracker.snapshot(int(time.time()))
     return {"version": __version__, **totals._asdict()}, CORS_HEADERS
 
 
@@ -3196,7 +3325,8 @@ METRICS = (
 def metrics():
     """Send the totals and counters in Prometheus' text format, version 0.0.4."""
     tracker = current_app.tracker
-    totals, counters = tracker.totals(int(time.time())), tracker.stats.counters()
+    totals, _ = tracker.snapshot(int(time.time()))
+    counters = tracker.stats.counters()
     values = {name: {"": number} for name, number in totals._asdict().items()}
     announces, seconds = counters["announces"], counters["announce_nanoseconds"] / 1e9
     values["announces_total"] = {"": announces}
@@ -3236,7 +3366,7 @@ _FORGED = "X-Forwarded-For X-Real-IP X-Client-IP CF-Connecting-IP True-Client-IP
 # With addresses for documentation (RFC 5737), which no client has.
 FORGED_HEADERS = {name: f"198.51.100.{n}" for n, name in enumerate(_FORGED.split(), 1)}
 PRIVATE_FILES = "wsgi.ini", "data/stats.json", "data/swarms.count"
-PRIVATE_CONTENTS = re.compile(rb'\[tracker\]|\A\{"counters"|(?s:\A.{8}\Z)')
+PRIVATE_CONTENTS = re.compile(rb'\[tracker\]|\A\{"counters"|(?s:\A.{16}\Z)')
 
 
 class Finding(NamedTuple):
@@ -3319,17 +3449,15 @@ def _check_lists(settings, now):
     if len(facts) > 10:
         facts[10:] = [f"{len(facts) - 10} more files there are skipped"]
     for fact in map(visible, catalogue.problems + facts):
-        if ": it cannot be read: " in fact:
-            remedy = "Replace it, or make it readable for the server."
-            yield Finding(FAILURE, f"{fact}. {remedy}")
-        else:
-            yield Finding(WARNING, f"{fact}.")
+        is_broken = ": it cannot be read: " in fact
+        remedy = " Replace it, or make it readable for the server." if is_broken else ""
+        yield Finding(FAILURE if is_broken else WARNING, f"{fact}.{remedy}")
 
 
 def check_request(environ, settings):
     """Yield Findings about a request of the operator: its address, and its URL."""
     url = settings.url
-    if url and (called := flask.Request(environ).url_root) != f"{url}/":
+    if url and (called := iri_to_uri(flask.Request(environ).url_root)) != f"{url}/":
         fact = f"You came by {visible(called)}, but the setting url is {url}."
         yield Finding(WARNING, f"{fact} See that clients can use the setting.")
     remote = environ.get("REMOTE_ADDR", "")
@@ -3353,6 +3481,7 @@ def check_url(url):
     base = re.sub(r"(/(announce|scrape)(\.php)?)?/*(\?.*)?$", "", url)
     base = base if "://" in base else f"http://{base}"
     try:
+        base = iri_to_uri(base)
         found, body, _ = _get(f"{base}/announce?info_hash=")
         bencoder.bdecode(body)
         found = found.partition("?")[0]
@@ -3464,10 +3593,10 @@ BATCH = 500  # peers in a line, which are merged under one lock
 MAX_LINE = 2**20  # bytes; 500 peers take 115,000
 
 
-def export_lines(store, history, clock):
+def export_lines(store, clock):
     """Yield the lines of an export. ``clock`` returns seconds since 1970.
 
-        {"format": "BitBreeze", "version": 2, "made": SECONDS, "history": [...]}
+        {"format": "BitBreeze", "version": 2, "made": SECONDS}
         {"info_hash": HEX, "snatches": 3, "peers": [PEER, ...]}
         {"end": true, "swarms": 1, "peers": 1}
 
@@ -3475,7 +3604,7 @@ def export_lines(store, history, clock):
     500 peers, so a larger swarm has several lines.
     """
     header = {"format": "BitBreeze", "version": EXPORT_VERSION, "made": int(clock())}
-    yield json.dumps({**header, "history": history})
+    yield json.dumps(header)
     totals = Counter(swarms=0, peers=0)
     for info_hash, snatches, records in store.records(lambda: int(clock())):
         swarm = {"info_hash": info_hash, "snatches": snatches}
@@ -3489,7 +3618,7 @@ def export_lines(store, history, clock):
 
 
 def read_export(file):
-    """Yield the history in an export, a binary file, and then the swarm in each line.
+    """Yield the swarm in each line of an export, a binary file.
 
     A swarm is (info_hash, snatches, [(Record, is_seeder), ...]). Raise ValueError with
     the number of a line that is wrong, or if the end is missing.
@@ -3505,9 +3634,6 @@ def read_export(file):
             if number == 1:
                 if entry["version"] > EXPORT_VERSION:
                     raise ValueError("a newer BitBreeze wrote it. Upgrade this one")
-                for row in entry["history"]:
-                    struct.pack("!4I", *row)
-                yield entry["history"]
             elif "end" not in entry:
                 yield _read_swarm(entry)
         except Exception as error:  # a line may hold anything
@@ -3535,18 +3661,16 @@ def _read_swarm(entry):
     return info_hash, entry["snatches"], peers
 
 
-def merge_export(entries, tracker, clock, done):
+def merge_export(entries, store, clock, done):
     """Merge what read_export yields. Count in ``done``, a Counter, how far it got.
 
     Untracked torrents are merged, too: the lists decide at every announce.
     """
     last = None
-    entries = iter(entries)
-    done["hours of history"] += tracker.stats.merge_history(next(entries), int(clock()))
     for swarm in entries:
         is_new, last = swarm[0] != last, swarm[0]  # a large swarm has several lines
         try:
-            kept, expired, refused = tracker.store.restore(*swarm, int(clock()))
+            kept, expired, refused = store.restore(*swarm, int(clock()))
             done["swarms"] += is_new
             done["peers"] += kept
             done["expired peers left out"] += expired
@@ -3565,7 +3689,7 @@ class BitBreeze(flask.Flask):
 
     def __init__(self, settings):
         super().__init__(__name__, static_folder=None)
-        tracker = self.tracker = open_tracker(settings)
+        tracker = self.tracker = Tracker(settings)
         self._listing = None, [], {}  # its state, the categories, Rows by sort order
         # Only a proxy in front knows whether the visitor came over HTTPS.
         is_proxied = bool(settings.proxies or settings.address_header)
@@ -3579,7 +3703,7 @@ class BitBreeze(flask.Flask):
 
     def log_exception(self, exc_info):
         """Log an error in a page, rate-limited like those of announces."""
-        self.wsgi_app.errors.report(exc_info[1], request.path, time.time())
+        self.wsgi_app.report(exc_info[1], request.path, time.time())
 
     def listing(self, sort, now):
         """Return (Rows of all listed torrents, sorted; their categories; Totals).
@@ -3590,12 +3714,18 @@ class BitBreeze(flask.Flask):
         catalogue = self.tracker.catalogue
         catalogue.refresh(now)
         totals, counts = self.tracker.snapshot(now)
-        state = catalogue.version, counts
+        state = catalogue.changed, counts
         if state != self._listing[0]:
             rows = [Row(torrent, counts) for torrent in catalogue.torrents.values()]
             rows.sort(key=attrgetter("searched"))
-            categories = sorted({c for row in rows for c in row.categories} - {""})
-            self._listing = state, categories, {"name": rows}
+            categories = {""}
+            for category in {row.category for row in rows}:
+                while category not in categories:
+                    categories.add(category)
+                    category = category.rpartition("/")[0]
+            self._listing = state, sorted(categories)[1:], {"name": rows}
+            sizes = zlib.crc32(repr(sorted(counts.items())).encode())
+            self.listing_state = catalogue.changed, sizes  # the same in all workers
         _, categories, orders = self._listing
         if sort not in orders:
             key = attrgetter(COLUMNS[sort.removeprefix("-")][1])
@@ -3721,7 +3851,7 @@ def doctor(url):
 @click.argument("path", metavar="[FILE]", default="-")
 @click.option("--force", is_flag=True, help="Overwrite FILE.")
 def export(path, force):
-    """Write all peers, snatches and the history to FILE, for import.
+    """Write all peers and snatches to FILE, for import.
 
     Without FILE, write to standard output. The tracker may be running.
     """
@@ -3731,8 +3861,7 @@ def export(path, force):
         raise click.ClickException(f"There is no {folder}. Set data as for the server.")
     if path != "-" and os.path.lexists(path) and not force:
         raise click.ClickException(f"{path} exists. Use --force to overwrite it.")
-    history = app.tracker.stats.history(int(time.time()))
-    lines = export_lines(app.tracker.store, history, time.time)
+    lines = export_lines(app.tracker.store, time.time)
     os.umask(0o077)  # the addresses of peers are in it
     new = f"{path}.{os.getpid()}.new" if path != "-" else path
     try:
@@ -3750,8 +3879,7 @@ def export(path, force):
         if new != path and os.path.lexists(new):
             os.unlink(new)
     end = json.loads(line)
-    counts = f"{end['swarms']} swarms, {end['peers']} peers"
-    click.echo(f"Exported {counts}, {len(history)} hours of history.", err=True)
+    click.echo(f"Exported {end['swarms']} swarms, {end['peers']} peers.", err=True)
 
 
 @cli.command("import")
@@ -3759,22 +3887,14 @@ def export(path, force):
 def import_(path):
     """Merge FILE, which export wrote, into this tracker. "-" is standard input.
 
-    All of FILE is read before anything is merged. The tracker may be running. To
-    import a file twice is the same as once.
+    The tracker may be running. To import a file twice is the same as once.
     """
     done, failure = Counter(), ""
     _check_user(app.tracker.store.folder)
     try:
-        with click.open_file(path, "rb") as file, TemporaryFile() as copy:
-            if not file.seekable():
-                copyfileobj(file, copy)
-                copy.seek(0)
-                file = copy
-            with _progress(read_export(file), "Check") as entries:
-                number = sum(1 for _ in entries)
-            file.seek(0)
-            with _progress(read_export(file), "Merge", number) as entries:
-                merge_export(entries, app.tracker, time.time, done)
+        with click.open_file(path, "rb") as file:
+            with _progress(read_export(file), "Import") as entries:
+                merge_export(entries, app.tracker.store, time.time, done)
     except (OSError, ValueError, KeyboardInterrupt) as error:
         failure = str(error) or "Ctrl-C"
     counts = [f"{number} {what}" for what, number in done.items() if number]
@@ -3784,10 +3904,10 @@ def import_(path):
     click.echo(result, err=True)
 
 
-def _progress(items, label, length=None):
+def _progress(items, label):
     """Return a context manager of items. If stderr is a terminal, it shows a bar."""
     file = sys.stderr if sys.stderr.isatty() else io.StringIO()
-    return click.progressbar(items, length, label, show_pos=True, file=file)
+    return click.progressbar(items, None, label, show_pos=True, file=file)
 
 
 def _check_user(folder):
@@ -3814,6 +3934,6 @@ except SettingsError as error:
 gc.freeze()
 
 if is_cgi:
-    answer_cgi(app)
+    CGIHandler().run(app)
 elif __name__ == "__main__":
     cli(prog_name="app.py")

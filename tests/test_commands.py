@@ -354,11 +354,10 @@ def test_uwsgi_listens_on_6969_by_default():
 
 
 def now_export(number=2):
-    """Return an export with peers of now, in one swarm, and two hours of history."""
+    """Return an export with peers of now, in one swarm."""
     now = int(time.time())
     peers = [(record._replace(seen4=now), False) for record, _ in peers_of(number)]
-    history = [[now // 3600 - hour, 1, 2, 3] for hour in (2, 1)]
-    return write([(HASHES[0], 5, peers)], history)
+    return write([(HASHES[0], 5, peers)])
 
 
 def contents(text):
@@ -377,10 +376,10 @@ def test_what_is_exported_can_be_imported(tmp_path):
     folder, other = tmp_path / "data", tmp_path / "other"
     ended = run("import", tmp_path / "given", TRACKER_DATA=folder)
     assert (ended.returncode, ended.stdout) == (0, "")
-    assert ended.stderr == "Imported 2 hours of history, 1 swarms, 2 peers.\n"
+    assert ended.stderr == "Imported 1 swarms, 2 peers.\n"
     ended = run("export", tmp_path / "file", TRACKER_DATA=folder)
     assert (ended.returncode, ended.stdout) == (0, "")
-    assert ended.stderr == "Exported 1 swarms, 2 peers, 2 hours of history.\n"
+    assert ended.stderr == "Exported 1 swarms, 2 peers.\n"
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
     piped = run("export", TRACKER_DATA=folder)
     assert contents(piped.stdout) == contents((tmp_path / "file").read_text()) == given
@@ -401,7 +400,7 @@ def test_export_does_not_write_over_a_file(tmp_path):
     assert (tmp_path / "file").read_text() == "precious"
     ended = run("export", "--force", tmp_path / "file", TRACKER_DATA=tmp_path / "data")
     assert ended.returncode == 0
-    assert ended.stderr == "Exported 0 swarms, 0 peers, 0 hours of history.\n"
+    assert ended.stderr == "Exported 0 swarms, 0 peers.\n"
     assert len((tmp_path / "file").read_text().splitlines()) == 2
 
 
@@ -455,28 +454,33 @@ CUT = EXPORT[: EXPORT.index('{"end')]
 
 
 @pytest.mark.parametrize(
-    ("text", "part"),
+    ("text", "part", "imported"),
     [
-        ("<html>", "line 1 is wrong: "),
-        (CUT, "it is cut off after line 3. Copy it again."),
+        ("<html>", "line 1 is wrong: ", "nothing"),
+        (CUT, "it is cut off after line 3. Copy it again.", "2 swarms, 2 peers"),
         (
             EXPORT.replace('"snatches": 9, ', ""),
             "line 3 is wrong: it has no 'snatches'",
+            "1 swarms, 2 peers",
         ),
-        (EXPORT.replace('ion": 2', 'ion": 3'), "a newer BitBreeze wrote it. Upgrade"),
+        (
+            EXPORT.replace('ion": 2', 'ion": 3'),
+            "a newer BitBreeze wrote it. Upgrade",
+            "nothing",
+        ),
     ],
 )
-def test_nothing_is_imported_of_a_bad_file(tmp_path, text, part):
+def test_a_bad_file_is_imported_up_to_its_bad_line(tmp_path, text, part, imported):
     path, folder = tmp_path / "file", tmp_path / "data"
     path.write_text(text)
     for file in (path, "-"):
         ended = run("import", file, typed=text, TRACKER_DATA=folder)
         check_sentence(ended, part)
-        assert "Imported nothing." in ended.stderr
+        assert f"Imported {imported}. It is safe to try again." in ended.stderr
         assert ended.returncode == 1
+    assert folder.exists() == (imported != "nothing")
     ended = run("import", tmp_path / "none", TRACKER_DATA=folder)
     check_sentence(ended, "[Errno 2] No such file or directory: ")
-    assert not folder.exists()
 
 
 def broken(*_):
@@ -494,8 +498,8 @@ def interrupted(*_):
 @pytest.mark.parametrize(
     ("number", "counts"),
     [
-        (0, "Imported 2 hours of history. It is safe to try again.\n"),
-        (1, "Imported 2 hours of history, 1 swarms, 500 peers. It is safe to"),
+        (0, "Imported nothing. It is safe to try again.\n"),
+        (1, "Imported 1 swarms, 500 peers. It is safe to"),
     ],
 )
 def test_an_import_that_stops_says_where(
@@ -552,8 +556,10 @@ def test_a_tracker_moves_while_both_serve(tmp_path):
             while not is_over.is_set():
                 number = len(known)
                 who = b"-MOVING-%012d" % number
-                left = {"left": 0, "event": "completed"} if number % 2 else {"left": 1}
-                announce(old.url, HASHES[number % 3], who, 2000 + number, **left)
+                peer = old.url, HASHES[number % 3], who, 2000 + number
+                announce(*peer, left=1)
+                if number % 2:
+                    announce(*peer, left=0, event="completed")
                 known.append(number)
 
         clients = Thread(target=announce_on)

@@ -105,6 +105,15 @@ def broken(folder):
     (folder / "deny.txt").mkdir()
 
 
+def doubled(folder):
+    good_torrents(folder)
+    (folder / "torrents/d\n.torrent").write_bytes(torrent_of("c"))
+
+
+def wide(folder):
+    (folder / "allow.txt").write_bytes(("aa" * 20).encode("utf-16-le"))
+
+
 def all_good(folder):
     for make in (good_torrents, allowed, denied):
         make(folder)
@@ -129,6 +138,8 @@ def all_good(folder):
         (bad_names, "any", WARNING, "{}/torrents/שלום.torrent is skipped"),
         (denied, "any", WARNING, "{}/deny.txt, line 2: not 40 or 64 hex digits, skip"),
         (denied, "any", WARNING, "{}/deny.txt: 4 more lines like these, skipped."),
+        (doubled, "any", WARNING, "d⟨U+000A⟩.torrent is skipped: it is the same torre"),
+        (wide, "auto", FAILURE, "{}/allow.txt: it cannot be read: it is not text. Sav"),
         (broken, "auto", FAILURE, "{}/torrents: it cannot be read: Not a directory. R"),
         (broken, "auto", FAILURE, "{}/deny.txt: it cannot be read: not a regular file"),
     ],
@@ -324,7 +335,7 @@ def showing(path, content, prefix=""):
 
 wsgi_ini = showing("/wsgi.ini", (ROOT / "wsgi.ini").read_bytes())
 stats = showing("/data/stats.json", b'{"counters": {"scrapes": 1}, "history": []}')
-count = showing("/data/swarms.count", bytes(8))
+count = showing("/data/swarms.count", bytes(16))
 below = showing("/wsgi.ini", b"[tracker]\ndata = /data\n", "/app.py")
 
 
@@ -376,7 +387,7 @@ def test_fronts(tmp_path, front, settings, level, text):
     if front in (plain, proxy) and level == OK:
         assert {finding.level for finding in findings} == {OK}
     assert all(finding.text.isprintable() for finding in findings)
-    totals = app.tracker.totals(int(time.time()))
+    totals = app.tracker.snapshot(int(time.time()))[0]
     # From this cache, a stopped announce is answered, too. No other leaves a peer.
     assert totals.seeders + totals.leechers == (front is caching)
 
@@ -399,7 +410,7 @@ def test_no_peer_stays(tmp_path, event, port):
         findings = list(bitbreeze.check_url(url))
     assert failed
     assert (FAILURE in {finding.level for finding in findings}) == (event == "started")
-    totals = app.tracker.totals(int(time.time()))
+    totals = app.tracker.snapshot(int(time.time()))[0]
     assert totals.seeders + totals.leechers == 0
 
 

@@ -16,9 +16,7 @@ import app as bitbreeze
 
 HASH = b"\xabcdefghijklmnopqrstu"
 PARTIAL, SNATCHED = bitbreeze.PARTIAL, bitbreeze.SNATCHED
-HOUR = NOW // 3600 - 1
-HISTORY = [[HOUR - 1, 1, 2, 3], [HOUR, 4, 5, 6]]
-HEADER = '{"format": "BitBreeze", "version": 2, "made": 1800000000, "history": []}\n'
+HEADER = '{"format": "BitBreeze", "version": 2, "made": 1800000000}\n'
 END = '{"end": true, "swarms": 2, "peers": 2}\n'
 SWARMS = """\
 {"info_hash": "6161616161616161616161616161616161616161", "snatches": 7, "peers": [\
@@ -36,7 +34,7 @@ PEERS = [
     (bitbreeze.Record(peer_id(1), 5, SNATCHED, NOW - 1, 0, ENDS[0], bytes(18)), True),
     (bitbreeze.Record(peer_id(2), 0, PARTIAL, 0, NOW - 2, bytes(6), ENDS[1]), False),
 ]
-READ = [[], (b"a" * 20, 7, PEERS), (b"b" * 20, 9, [])]
+READ = [(b"a" * 20, 7, PEERS), (b"b" * 20, 9, [])]
 
 
 class Records:
@@ -54,8 +52,8 @@ def read(text):
     return list(bitbreeze.read_export(io.BytesIO(data)))
 
 
-def write(swarms, history=()):
-    lines = bitbreeze.export_lines(Records(swarms), list(history), lambda: NOW)
+def write(swarms):
+    lines = bitbreeze.export_lines(Records(swarms), lambda: NOW)
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -74,8 +72,8 @@ def peers_of(number):
 
 def test_an_export_is_read_and_written():
     assert read(EXPORT) == READ
-    assert write(READ[1:]) == EXPORT
-    assert read(write([], HISTORY)) == [HISTORY]
+    assert write(READ) == EXPORT
+    assert read(write([])) == []
 
 
 LAYOUTS = {
@@ -102,8 +100,8 @@ swarms = st.tuples(ids, u32, st.lists(peers, max_size=5))
 @given(st.lists(swarms, max_size=5))
 @hypothesis_settings(deadline=None)
 def test_what_is_written_is_read(given_swarms):
-    text = write(given_swarms, HISTORY)
-    assert read(text) == [HISTORY, *given_swarms]
+    text = write(given_swarms)
+    assert read(text) == [*given_swarms]
     number = sum(len(peers) for _, _, peers in given_swarms)
     end = {"end": True, "swarms": len(given_swarms), "peers": number}
     assert json.loads(text.splitlines()[-1]) == end
@@ -113,7 +111,7 @@ def test_what_is_written_is_read(given_swarms):
     ("number", "lines"), [(0, 1), (499, 1), (500, 1), (501, 2), (1700, 4)]
 )
 def test_many_peers_are_several_lines(number, lines):
-    _, *parts = read(write([(HASH, 3, iter(peers_of(number)))]))
+    parts = read(write([(HASH, 3, iter(peers_of(number)))]))
     assert len(parts) == lines
     assert {part[:2] for part in parts} == {(HASH, 3)}
     assert [peer for part in parts for peer in part[2]] == peers_of(number)
@@ -141,9 +139,6 @@ DAMAGED = {
         "line 1 is wrong: a newer BitBreeze wrote it. Upgrade this one",
     ),
     "no version": (changed('"version": 2, ', ""), "it has no 'version'"),
-    "no history": (changed('"history": []', '"more": 1'), "line 1 is wrong: it has no"),
-    "an hour": (changed('"history": []', '"history": [[1, 2, 3]]'), "line 1 is wrong:"),
-    "half hours": (changed('"history": []', '"history": [[1, 2, 3, 4.5]]'), "line 1 i"),
     "cut short": (EXPORT[:SECOND], "it is cut off after line 2"),
     "cut in a line": (EXPORT[: SECOND + 9], "line 3 is wrong: it is cut off"),
     "cut at the end": (EXPORT[:-3], "line 4 is wrong: it is cut off"),
@@ -208,9 +203,9 @@ def merge(tmp_path):
 
     def merge(text, now=NOW, **overrides):
         folders = {name: str(tmp_path / name) for name in ("data", "torrents")}
-        tracker = bitbreeze.open_tracker(make_settings(**folders, **overrides))
+        tracker = bitbreeze.Tracker(make_settings(**folders, **overrides))
         done = Counter()
-        bitbreeze.merge_export(read(text), tracker, lambda: now, done)
+        bitbreeze.merge_export(read(text), tracker.store, lambda: now, done)
         return tracker, {what: number for what, number in done.items() if number}
 
     return merge
@@ -264,10 +259,10 @@ def test_memory_is_bounded(tmp_path):
         with open(path, "w") as file:
             store = Records([*swarms, (HASH, 1, many)])
             file.writelines(
-                f"{n}\n" for n in bitbreeze.export_lines(store, [], lambda: NOW)
+                f"{n}\n" for n in bitbreeze.export_lines(store, lambda: NOW)
             )
         with open(path, "rb") as file:
-            _, *found = (len(each[-1:]) for each in bitbreeze.read_export(file))
+            found = [len(each[-1:]) for each in bitbreeze.read_export(file)]
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from html import unescape
 from xml.etree import ElementTree
@@ -10,8 +11,9 @@ from xml.etree import ElementTree
 import feedparser
 import libtorrent
 import pytest
-from conftest import escape
+from conftest import Client, escape
 from prometheus_client.parser import text_string_to_metric_families
+from servers import poll
 from test_pages import MARKUP, put, site  # noqa: F401
 
 import app as bitbreeze
@@ -107,6 +109,74 @@ def test_feed_title_is_text(tracker):
     assert feed.feed.title == "<T> & ⟨U+0007⟩ / <q>"
 
 
+def test_a_torrent_with_an_old_time_is_in_the_feed(site, tmp_path):  # noqa: F811
+    """After rsync -a, cp -p or unzip; readers may send a date, an ETag, or both."""
+    client = site("one")
+    (tmp_path / "data").mkdir()
+    workers = [client, another_worker(tmp_path)]
+    for each in workers:
+        each.get("/feed.xml")
+        os.utime(tmp_path / "data/torrents.json", (1_700_000_000,) * 2)  # long ago
+        each.app.tracker.catalogue.refresh(time.time() + 2)
+    _, headers, _ = client.get("/feed.xml")
+    date, tag = headers["Last-Modified"], headers["ETag"]
+    known = {"HTTP_IF_NONE_MATCH": tag, "HTTP_IF_MODIFIED_SINCE": date}
+    for each in workers:
+        assert each.get("/feed.xml", **known)[0] == "304 NOT MODIFIED"
+        known.pop("HTTP_IF_NONE_MATCH", None)
+    put(tmp_path / "torrents", 10**9, "old", {}, {})
+    for each in workers:
+        each.app.tracker.catalogue.refresh(time.time() + 4)
+        for sent in (known, {"HTTP_IF_NONE_MATCH": tag, **known}):
+            assert each.get("/feed.xml", **sent)[0] == "200 OK"
+        assert each.get("/feed.xml")[1]["Last-Modified"] != date
+
+
+def another_worker(tmp_path):
+    folders = {name: str(tmp_path / name) for name in ("data", "torrents")}
+    return Client(bitbreeze.create_app(folders))
+
+
+def test_json_of_the_list_is_made_once(site, tmp_path, monkeypatch):  # noqa: F811
+    client, made = site(*map(str, range(120))), []
+    poll(lambda: len(listed(client)) == 120, 10, "all torrents")
+    make = bitbreeze.Row.__init__
+    monkeypatch.setattr(
+        bitbreeze.Row, "__init__", lambda *given: [made.append(1), make(*given)][1]
+    )
+    first = listed(client)
+    made.clear()
+    for host in ("a.test", "b.test:8000"):
+        for query in ("", "q=1", "sort=name", "category=linux"):
+            body = client.get("/torrents.json", query, HTTP_HOST=host)[2]
+            for torrent in json.loads(body)["torrents"]:
+                assert torrent["page"].startswith(f"http://{host}/torrent/")
+                assert torrent["download"] == f"{torrent['page']}.torrent"
+                read = libtorrent.parse_magnet_uri(torrent["magnet"])
+                assert read.trackers == [f"http://{host}/announce"]
+    assert not made
+    _, headers, _ = client.get("/torrents.json")
+    known = {"HTTP_IF_NONE_MATCH": headers["ETag"]}
+    assert client.get("/torrents.json", **known)[::2] == ("304 NOT MODIFIED", b"")
+    for query, host in (("q=1", "tracker.test"), ("", "a.test")):
+        answer = client.get("/torrents.json", query, **known, HTTP_HOST=host)
+        assert answer[0] == "200 OK"
+    client.announce(1, info_hash=bytes.fromhex(first[0]["info_hash"]))
+    now = time.time() + 2
+    monkeypatch.setattr(time, "time", lambda: now)
+    assert client.get("/torrents.json", **known)[0] == "200 OK"
+    assert listed(client)[0]["leechers"] == 1 and len(made) == 120
+    tags = {
+        each.get("/torrents.json")[1]["ETag"]
+        for each in (client, another_worker(tmp_path))
+    }
+    assert len(tags) == 1
+
+
+def test_json_of_an_empty_list(tracker):
+    assert json.loads(tracker().get("/torrents.json")[2]) == {"torrents": []}
+
+
 def test_json_of_a_torrent(site):  # noqa: F811
     files = [{b"length": 3, b"path": [b"d", b"f"]}, {b"length": 4, b"path": [b"g"]}]
     client = site(
@@ -162,6 +232,7 @@ def test_metrics(tracker):
     client.announce(2, event="paused", address="2001:db8::1")
     client.announce(3, address="192.0.2.3", key="a")
     client.announce(3, address="2001:db8::3", key="a", port=0)
+    client.announce(4, info_hash=b"i" * 20)
     client.announce(4, left=0, event="completed", info_hash=b"i" * 20)
     client.announce(4, left=0, event="stopped", info_hash=b"i" * 20)
     client.announce(5, port="x")
@@ -177,9 +248,9 @@ def test_metrics(tracker):
         "leechers": 2,
         "partial_seeds": 1,
         "snatches": 1,
-        "announces_total": 7,
+        "announces_total": 8,
         "scrapes_total": 1,
-        "announce_duration_seconds_count": 7,
+        "announce_duration_seconds_count": 8,
     }
     assert expected.items() <= {name: n for (name, *_), n in found.items()}.items()
     failures = {key[1]: n for key, n in found.items() if key[0] == "failures_total"}

@@ -1,5 +1,6 @@
 """The list: which torrents it shows, and in which order."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -63,7 +64,7 @@ def app(tmp_path):
     """Return an application whose tracker has only what the list needs."""
     app = create_app({"data": str(tmp_path), "torrents": str(tmp_path)})
     torrents = {torrent.path: torrent for torrent in TORRENTS}
-    catalogue = SimpleNamespace(version=1, torrents=torrents)
+    catalogue = SimpleNamespace(changed=1, torrents=torrents)
     catalogue.refresh = lambda *_, **__: None
     snapshot = [(), COUNTS]
     app.tracker = SimpleNamespace(catalogue=catalogue, snapshot=lambda now: snapshot)
@@ -120,7 +121,7 @@ def test_list_is_kept_until_it_changes(app):
     app.tracker.snapshot(NOW)[1] = {bytes([4]) * 20: Counts(9, 0, 0, 0)}
     assert numbers(app.listing("-seeders", NOW)[0])[0] == 4
     del app.tracker.catalogue.torrents[TORRENTS[0].path]
-    app.tracker.catalogue.version = 2
+    app.tracker.catalogue.changed = 2
     assert numbers(app.listing("size", NOW)[0]) == [2, 3, 4, 5]
 
 
@@ -132,3 +133,34 @@ def test_headings_sort_and_reverse():
     assert by_name[-1] == ("Added", found, "")
     by_age = list(ListQuery().headings())  # the youngest first
     assert by_age[-1] == ("Added", "?sort=added", "descending")
+
+
+FOLDERS = {
+    "many below one": lambda number: f"a/{number}",
+    "deep": lambda number: "a/" + "x/" * (number % 1000) + "x",
+    "one": lambda number: "a",
+}
+
+
+@pytest.mark.parametrize("folder", FOLDERS.values(), ids=FOLDERS)
+def test_the_list_costs_the_same_for_each_torrent(app, folder):
+    """Twice as many categories, levels or words do not cost four times as much."""
+    catalogue, costs = app.tracker.catalogue, []
+    for number in (1000, 2000):
+        torrents = [torrent_of(each % 250, "t", folder(each)) for each in range(number)]
+        catalogue.torrents = dict(enumerate(torrents))
+        catalogue.changed += 1
+        calls = []
+        sys.setprofile(lambda *_, calls=calls: calls.append(1))
+        try:
+            rows, _, _ = app.listing("-added", NOW)
+            found = ListQuery(q="t " * number, category="a").select(rows)
+        finally:
+            sys.setprofile(None)
+        assert len(found) == number
+        held = sum(
+            map(sys.getsizeof, (each for row in rows for each in vars(row).values()))
+        )
+        costs.append((len(calls), held))
+    for fewer, more in zip(*costs, strict=True):
+        assert more < 3 * fewer

@@ -2,6 +2,8 @@
 
 import os
 import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import unquote_to_bytes
 
 import bencoder
@@ -364,3 +366,109 @@ def test_page_hides_internal_errors(site, monkeypatch, caplog):
     assert status == "500 INTERNAL SERVER ERROR"
     assert b"ZeroDivisionError" not in body and b"<h1>" in body
     assert len([r for r in caplog.records if r.exc_info]) == 1
+
+
+# -- What strangers may send, and what operators may have
+
+
+PATHS = (
+    "/ /feed.xml /torrents.json /stats.json /health /metrics /doctor /nothing"
+    " /torrent/{id} /torrent/{id}.json /torrent/{id}.torrent"
+).split()
+RAW = (
+    "\xff\xfe",
+    "%ff%fe",
+    "\xc3\xbc",
+    "\x00\x80",
+    "%",
+    "\x85\xa0<>",
+    "%zz&&=;\xff=\xff",
+)
+
+
+@pytest.mark.parametrize("raw", RAW)
+@pytest.mark.parametrize("path", PATHS)
+def test_raw_bytes_have_an_answer(site, caplog, path, raw):
+    """In the query, in the path, in headers: as text, or as an error with a page."""
+    client = site("one")
+    path = path.format(id=first_id(client))
+    for query in (
+        f"q={raw}",
+        f"category={raw}",
+        f"sort={raw}&page={raw}",
+        raw,
+        f"key={raw}",
+    ):
+        assert client.get(path, query)[0][:3] in ("200", "404")
+    assert client.get(path + raw)[0][:3] in ("200", "404")
+    for header in (
+        "HOST",
+        "REFERER",
+        "USER_AGENT",
+        "IF_NONE_MATCH",
+        "X_FORWARDED_PROTO",
+    ):
+        answer = client.get(path, **{f"HTTP_{header}": raw})
+        assert answer[0][:3] in ("200", "400", "404")
+    assert client.get(path, SCRIPT_NAME=f"/{raw}")[0][:3] in ("200", "404")
+    assert not caplog.records
+
+
+def test_raw_bytes_are_text(site):
+    client = site("b\xfccher", "one")
+    assert names(text(client.get("/", "q=b\xc3\xbccher"))) == ["b\xfccher"]
+    assert 'value="%FF%FE"' in text(client.get("/", "q=\xff\xfe"))
+    assert names(text(client.get("/", "q=one+&sort=name%20"))) == ["one"]
+
+
+@pytest.mark.parametrize(
+    "seconds", [-(10**11), -1, 0, 253402300799, 253402300800, 10**12]
+)
+def test_any_file_time_can_be_shown(tracker, tmp_path, seconds):
+    """The torrents are on a tmpfs, because ext4 keeps no such times."""
+    place = "/dev/shm" if os.path.isdir("/dev/shm") else tmp_path
+    with TemporaryDirectory(dir=place) as folder:
+        put(Path(folder), 1, "one", {}, {})
+        path = Path(folder, "1.torrent")
+        os.utime(path, (seconds, seconds))
+        if int(path.stat().st_mtime) != seconds:
+            pytest.skip(f"NOT TESTED is {seconds}: this file system has no such time")
+        client = tracker(torrents=folder)
+        shown = "1970-01-01" if seconds <= 0 else "9999-12-31"
+        one = first_id(client)
+        for page in ("/", f"/torrent/{one}"):
+            assert shown in text(client.get(page))
+        assert shown[:4] in text(client.get("/feed.xml"))
+        _, headers, _ = client.get(f"/torrent/{one}.torrent")
+        assert shown[:4] in headers["Last-Modified"]
+
+
+SITES = [
+    ("xn--bcher-kva.example", "", "http://xn--bcher-kva.example/"),
+    ("a.test:81", "/my tracker", "http://a.test:81/my%20tracker/"),
+    ("a.test", '/<b>"', "http://a.test/%3Cb%3E%22/"),
+    ("a.test", "/\xc3\xbc", "http://a.test/%C3%BC/"),
+]
+
+
+@pytest.mark.parametrize(("host", "mount", "url"), SITES)
+def test_urls_are_ascii(site, host, mount, url):
+    client = site("one")
+    one = first_id(client)
+
+    def get(path, query=""):
+        return client.get(path, query, HTTP_HOST=host, SCRIPT_NAME=mount)
+
+    made = bencoder.bdecode(get(f"/torrent/{one}.torrent")[2])
+    assert made[b"announce"] == f"{url}announce".encode()
+    feed, listed = text(get("/feed.xml")), text(get("/torrents.json"))
+    assert feed.isascii() and listed.isascii()
+    assert f"<link>{url}torrent/{one}</link>" in feed
+    assert f'"{url}torrent/{one}.torrent"' in listed
+    magnet = re.search('"(magnet:.*?)"', listed)[1]
+    assert libtorrent.parse_magnet_uri(magnet).trackers == [f"{url}announce"]
+    page = text(get("/"))
+    assert f"<code>{url}announce</code>" in page
+    path = url.split("/", 3)[3]
+    assert f'href="/{path}torrent/{one}"' in page
+    assert get("/announce", "")[1]["Location"] == f"/{path}"

@@ -83,7 +83,7 @@ def test_values(name, value, expected):
         ({"notice": "\udcff"}, "surrogates not allowed"),
         ({"min_interval": 1700}, "min_interval must be at most 1620 seconds"),
         ({"peer_ttl": 1980}, "peer_ttl must be more than 1980 seconds"),
-        ({"numwant": 200}, "numwant must be at most max_numwant, 100 peers"),
+        ({"numwant": 200}, "numwant must be at most 100"),
         ({"proxies": "-1"}, "it must be a whole number"),
         ({"public_ip": "here"}, "'here' does not appear to be an IPv4 or IPv6 address"),
         (

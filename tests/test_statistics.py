@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from fcntl import LOCK_EX
 from pathlib import Path
 
 import psutil
@@ -290,7 +291,7 @@ def test_a_count_of_swarms_that_fails_is_begun_again(stats):
 
 def test_a_month_is_kept(stats):
     hours = range(NOON, NOON + 800)
-    stats.merge_history([[hour, 1, 2, 3] for hour in hours[:740]], hours[739] * 3600)
+    stats._update(LOCK_EX, [[hour, 1, 2, 3] for hour in hours[:740]], hours[739])
     for hour in hours[740:]:
         flush(stats, hour)
     now = hours[-1] * 3600
@@ -304,7 +305,7 @@ def test_a_month_is_kept(stats):
 @pytest.mark.parametrize("known", [10, 744])
 def test_a_wrong_clock_costs_as_many_hours_as_it_was_wrong(stats, known, wrong):
     before = [[NOON - hour, 1, 1, 1] for hour in range(known)]
-    assert stats.merge_history(before, NOW) == known
+    stats._update(LOCK_EX, before, NOON)
     for hour in range(3):
         flush(stats, NOON + wrong + hour)
     after = stats.history(NOW)
@@ -316,38 +317,12 @@ def test_a_wrong_clock_costs_as_many_hours_as_it_was_wrong(stats, known, wrong):
     assert [sample[0] for sample in stats.history(NOW + 3 * 3600)][-3:] == list(hours)
 
 
-HERE = {hour: [NOON - hour, 1, 1, 1] for hour in (0, 1, 5)}
-MERGED = {  # hours ago, and how many of these are added to HERE, and to nothing
-    "others": ((2, 9, 743), 3, 3),
-    "the same": ((0, 1, 5), 0, 3),
-    "both": ((1, 2, 3), 2, 3),
-    "twice": ((2, 2), 1, 1),
-    "too old": ((744, 745, 9999), 0, 0),
-    "of tomorrow": ((-1, -24), 0, 0),
-    "none": ((), 0, 0),
-}
-
-
-@pytest.mark.parametrize(("hours", "added", "to_none"), MERGED.values(), ids=MERGED)
-def test_histories_are_merged_by_the_hour(stats, hours, added, to_none, tmp_path):
-    given = [(NOON - hour, 2, 2, 2) for hour in hours]
-    assert stats.merge_history(HERE.values(), NOW) == 3
-    assert stats.merge_history(given, NOW) == added
-    assert stats.merge_history(given, NOW) == 0
-    found = {NOON - sample[0]: sample for sample in stats.history(NOW)}
-    assert len(found) == 3 + added
-    assert found.items() >= HERE.items()
-    empty = bitbreeze.Stats(tmp_path / "other/stats.json")
-    assert empty.merge_history(given, NOW) == to_none
-    assert [each[1:] for each in empty.history(NOW)] == [[2, 2, 2]] * to_none
-
-
 # -- In the tracker
 
 
 def test_answers_and_refusals_are_counted(tracker, monkeypatch):
-    client = tracker(max_peers=1, track="any")
-    client.announce(1)
+    client = tracker(max_peers_per_address=1, track="any")
+    client.announce(1, address="192.0.2.2")
     client.announce(2, address="192.0.2.2")  # full
     client.announce(1, address="not an address")
     client.announce(1, port="x")

@@ -49,7 +49,8 @@ def ipv4(peer):
 
 
 def ipv6(peer):
-    return bytes.fromhex("20010db8") + peer.to_bytes(4, "big") + bytes(8)
+    """Return an address of a /48 that no other peer has."""
+    return bytes.fromhex("2001") + peer.to_bytes(4, "big") + bytes(10)
 
 
 def endpoint(peer):
@@ -116,10 +117,14 @@ def test_stopping_makes_no_swarm(swarm):
         ([(5, ""), (0, "")], 1),  # rTorrent
         ([(5, ""), (0, "stopped")], 1),
         ([(5, ""), (0, ""), (5, ""), (0, "completed")], 1),
+        ([(5, ""), (None, "completed")], 1),
+        ([(None, ""), (0, "completed")], 1),  # webtorrent with a magnet link
+        ([(5, ""), (5, "completed")], 0),
+        ([(5, ""), (5, "completed"), (0, "")], 1),
         ([(0, "started"), (0, "")], 0),
-        ([(0, "completed")], 1),
-        ([(0, ""), (0, "completed")], 1),
-        ([(None, "completed")], 1),
+        ([(0, "completed")], 0),
+        ([(0, ""), (0, "completed")], 0),
+        ([(None, "completed")], 0),
         ([(5, ""), (5, "stopped")], 0),
     ],
 )
@@ -264,6 +269,19 @@ def test_a_seeder_is_told_of_the_only_leecher(swarm):
         assert peers.endpoints4 == endpoint(500)
 
 
+@pytest.mark.parametrize(("leechers", "seeders"), [(3, 5), (3, 150), (60, 150), (9, 0)])
+def test_a_new_seeder_is_told_of_leechers_first(swarm, leechers, seeders):
+    for peer in range(leechers + seeders):
+        swarm.announce(peer, left=int(peer < leechers))
+    for peer in range(1000, 1010):
+        _, peers = swarm.announce(peer, left=0, wanted=50)
+        found = endpoints(peers.endpoints4)
+        assert len(found) == len(set(found)) == min(50, leechers + seeders)
+        first = min(50, leechers)
+        assert set(found[:first]) <= {endpoint(each) for each in range(leechers)}
+        swarm.announce(peer, left=0, event="stopped")
+
+
 SIZES = (0, 68, 69, 300, 2000)  # of a swarm: one page, a page that gets full, many
 
 
@@ -348,29 +366,61 @@ def test_an_endpoint_belongs_to_one_peer(tmp_path_factory, seed, crowd):
         assert len(peers.ids) // 20 == sum(swarm.counts()[:2])
 
 
-def test_a_second_key_for_the_other_family_takes_nothing(swarm):
-    """qBittorrent 4.2 sends one key over IPv4, and another over IPv6."""
-    swarm.announce(1, key=5)
-    assert swarm.announce(1, key=6, address=ipv6(1))[0] == (0, 1, 0, 0)
-    swarm.announce(1, key=5)
-    swarm.announce(1, key=6, address=ipv6(1))
-    with pytest.raises(bitbreeze.TrackerError, match="another key"):
-        swarm.announce(1, key=7, address=ipv4(99))
-    with pytest.raises(bitbreeze.TrackerError, match="another key"):
-        swarm.announce(1, key=7, address=ipv6(99))
-    assert swarm.announce(1, key=6, address=ipv6(1), event="stopped")[0] == (0, 0, 0, 0)
+# Announces of a peer, and a last one with its peer_id: whether that is taken as the
+# peer's, and the key that the peer has afterwards.
+HOME4, HOME6, AWAY4, AWAY6 = ipv4(1), ipv6(1), ipv4(99), ipv6(99)
+KEYS = [
+    (("", 5, HOME4), ("", 5, AWAY4), True, 5),  # it has moved
+    (("", 0, HOME4), ("", 0, AWAY4), True, 0),
+    (("", 5, HOME4), ("", 6, HOME4), True, 6),  # it has restarted
+    (("", 0, HOME4), ("", 6, HOME4), True, 6),
+    (("", 5, HOME4), ("stopped", 6, HOME4), True, None),
+    (("", 0, HOME4), ("stopped", 0, HOME4), True, None),
+    (("", 5, HOME4), ("stopped", 5, AWAY4), True, None),
+    (("", 5, HOME4), ("stopped", 5, HOME6), True, None),
+    (("", 5, HOME4), ("", 6, AWAY4), False, 5),
+    (("", 5, HOME4), ("", 0, AWAY4), False, 5),
+    (("", 0, HOME4), ("", 6, AWAY4), False, 0),
+    (("", 0, HOME4), ("completed", 6, AWAY4), False, 0),
+    (("", 5, HOME4), ("stopped", 6, AWAY4), False, 5),
+    (("", 5, HOME4), ("stopped", 0, HOME6), False, 5),
+    (("", 0, HOME4), ("stopped", 0, AWAY4), False, 0),
+    (("", 0, HOME4), ("stopped", 6, AWAY4), False, 0),
+    (("", 0, HOME4), ("stopped", 0, AWAY6), False, 0),
+    # qBittorrent 4.2 sends one key over IPv4, and another over IPv6.
+    (("", 5, HOME4), ("", 6, HOME6), True, 5),
+    (("", 0, HOME4), ("", 6, AWAY6), True, 0),
+    (("", 5, HOME4), ("", 6, AWAY6), ("", 7, AWAY6), True, 5),
+    (("", 5, HOME4), ("", 6, AWAY6), ("stopped", 6, AWAY6), False, 5),
+    (("", 5, HOME4), ("", 6, HOME6), ("", 6, HOME4), True, 5),
+    (("", 5, HOME4), ("", 6, HOME6), ("", 6, AWAY6), False, 5),
+    (("", 5, HOME4), ("", 6, HOME6), ("stopped", 5, HOME4), True, None),
+]
 
 
-def test_key_protects_an_endpoint(swarm):
-    swarm.announce(1, key=5)
-    with pytest.raises(bitbreeze.TrackerError, match="another key"):
-        swarm.announce(1, key=6, address=ipv4(99))
-    with pytest.raises(bitbreeze.TrackerError):
-        swarm.announce(1, key=0, address=ipv6(99), event="stopped")
-    assert swarm.announce(2)[1].endpoints4 == endpoint(1)
-    swarm.announce(1, key=5, address=ipv4(99))  # it has moved
-    assert swarm.announce(2)[1].endpoints4[:4] == ipv4(99)
-    swarm.announce(1, key=7, address=ipv4(99))  # it has restarted
+@pytest.mark.parametrize("case", KEYS)
+@pytest.mark.parametrize("others", [0, 200])
+def test_a_stranger_with_the_peer_id_takes_nothing(swarm, case, others):
+    *before, (event, key, address), is_taken, key_after = case
+    for peer in range(others):
+        swarm.announce(1000 + peer)
+    for known in before:
+        swarm.announce(1, event=known[0], key=known[1], address=known[2])
+    ((_, _, peers),) = swarm.store.records(lambda: NOW)
+    was = [each for each, _ in peers if each.peer_id == peer_id(1)]
+    if is_taken:
+        swarm.announce(1, NOW + 5, event=event, key=key, address=address)
+    else:
+        with pytest.raises(bitbreeze.TrackerError, match="another key"):
+            swarm.announce(1, NOW + 5, event=event, key=key, address=address)
+    found = [
+        r for _, _, peers in swarm.store.records(lambda: NOW + 5) for r, _ in peers
+    ]
+    found = [each for each in found if each.peer_id == peer_id(1)]
+    assert [each.key for each in found] == ([] if key_after is None else [key_after])
+    if not is_taken:
+        assert found == was
+    assert swarm.counts(NOW + 5)[:2] == (0, others + len(found))
 
 
 def test_limits_have_reasons(make_store):
@@ -380,10 +430,8 @@ def test_limits_have_reasons(make_store):
     with pytest.raises(bitbreeze.TrackerError, match="your address has 2 peers"):
         swarm.announce(3, address=ipv4(1))
     swarm.announce(4, address=b"\x7f\0\0\1")
-    with pytest.raises(
-        bitbreeze.TrackerError, match="this swarm is full: it has 3 peers"
-    ):
-        swarm.announce(5)
+    counts, peers = swarm.announce(5)  # it is not kept, but can download
+    assert (counts, len(peers.endpoints4)) == ((0, 3, 0, 0), 18)
     assert swarm.announce(1, address=ipv4(1))[0] == (0, 3, 0, 0)
     with pytest.raises(
         bitbreeze.TrackerError, match="this tracker is full: it tracks 1 "
@@ -398,7 +446,7 @@ def test_one_address_cannot_fill_a_swarm(make_store):
     refused = 0
     for peer in range(1000, 2000):
         try:
-            swarm.announce(peer, address=ipv6(1)[:8] + peer.to_bytes(8, "big"))
+            swarm.announce(peer, address=ipv6(1)[:6] + peer.to_bytes(10, "little"))
         except bitbreeze.TrackerError:
             refused += 1
     assert refused == 900
@@ -406,14 +454,81 @@ def test_one_address_cannot_fill_a_swarm(make_store):
         swarm.announce(peer)
     for peer in range(10_000, 14_000):  # now it is an estimate
         with suppress(bitbreeze.TrackerError):
-            swarm.announce(peer, address=ipv6(1)[:8] + peer.to_bytes(8, "big"))
+            swarm.announce(peer, address=ipv6(1)[:6] + peer.to_bytes(10, "little"))
     from_there = [
         prefix
         for _, peers in all_peers(swarm.store, NOW)
         for prefix in endpoints(peers.endpoints6, 18)
-        if prefix[:8] == ipv6(1)[:8]
+        if prefix[:6] == ipv6(1)[:6]
     ]
     assert 100 <= len(from_there) < 320
+
+
+@pytest.mark.parametrize("others", [0, 200])
+@pytest.mark.parametrize("was_at", [ipv4, ipv6])
+@pytest.mark.parametrize("crowd", [ipv4(1), ipv6(1)])
+def test_one_address_cannot_gain_peers(make_store, others, was_at, crowd):
+    """Peers that move there, or add an endpoint there, are peers of the address."""
+    swarm, refused = Swarm(make_store(max_peers_per_address=10)), 0
+    for peer in range(others):
+        swarm.announce(1000 + peer)
+    for peer in range(10, 40):
+        swarm.announce(peer, address=was_at(peer))
+        try:
+            swarm.announce(peer, address=crowd)
+        except bitbreeze.TrackerError as refusal:
+            assert str(refusal) == "your address has 10 peers in this swarm already"
+            refused += 1
+    assert refused == 20
+    assert swarm.announce(10, address=crowd, port=7)[0] == (0, others + 30, 0, 0)
+    assert swarm.announce(50, address=crowd, port=7)[0] == (0, others + 30, 0, 0)
+    ((_, _, peers),) = swarm.store.records(lambda: NOW)
+    ends = [end for record, _ in peers for end in record.endpoints()]
+    assert sum(end[:-2] == crowd for end in ends) == 10
+
+
+@pytest.mark.parametrize("others", [1, 30, 500])
+@pytest.mark.parametrize("crowd", [1, 2, 5])
+@pytest.mark.parametrize(("make", "width", "size"), [(ipv4, 6, 4), (ipv6, 18, 6)])
+@pytest.mark.parametrize("left", [0, 1])
+def test_an_address_gets_a_quarter_of_a_reply(
+    make_store, others, crowd, make, width, size, left
+):
+    """``crowd`` addresses, or networks, with a hundred peers each, and ``others``."""
+    swarm = Swarm(make_store())
+    sources = [make(each)[:size] for each in range(crowd)]
+    for peer in range(100 * crowd):
+        address = sources[peer % crowd].ljust(width - 2, bytes([peer // crowd]))
+        swarm.announce(1000 + peer, address=address, port=1024 + peer)
+    for peer in range(100, 100 + others):
+        swarm.announce(peer, address=make(peer))
+    for compact in (True, False):
+        for _ in range(10):
+            newcomer = {"address": make(99), "left": left, "compact": compact}
+            _, peers = swarm.announce(99, **newcomer)
+            found = endpoints(peers[1 + (width == 18)], width)
+            assert len(set(found)) == len(found) <= 50
+            assert len(peers.ids) == 20 * len(found) * (not compact)
+            counts = Counter(each[:size] for each in found)
+            share = max(bitbreeze.FEW, len(found) // 4)
+            assert max(counts[each] for each in sources) <= share
+            honest = sum(counts[make(peer)[:size]] for peer in range(100, 100 + others))
+            assert honest >= min(others, 50 - share * crowd)
+            if others > 50:
+                assert len(found) == 50
+
+
+@pytest.mark.parametrize("number", [6, 40, 300])
+@pytest.mark.parametrize("is_dual", [False, True])
+def test_an_address_alone_gets_the_whole_reply(make_store, number, is_dual):
+    """Peers of one campus, one house or one computer find each other."""
+    swarm = Swarm(make_store(max_peers_per_address=0))
+    for peer in range(number):
+        for address in (ipv4(1), ipv6(1)[:15] + bytes([peer % 256]))[: 1 + is_dual]:
+            swarm.announce(peer, address=address, port=1024 + peer)
+    for address in (ipv4(1), ipv4(2)):
+        _, peers = swarm.announce(number, address=address, port=7)
+        assert len(set(endpoints(peers.endpoints4))) == min(50, number)
 
 
 @pytest.mark.parametrize("number", [3, 300])
@@ -435,6 +550,7 @@ def test_peers_are_all_of_every_swarm(make_store, number):
 
 def test_empty_swarms_keep_their_snatches(make_store):
     swarm = Swarm(make_store(swarm_ttl=5000))
+    swarm.announce(1)
     swarm.announce(1, event="completed", left=0)
     Swarm(swarm.store, b"i" * 20).announce(1)
     assert dict(swarm.store.swarms(NOW + TTL + 1)) == {HASH: (0, 0, 0, 1)}
@@ -454,6 +570,34 @@ def test_dropped_swarms_make_room(make_store):
     Swarm(store, b"d" * 20).announce(1, later)
 
 
+def test_swarms_without_peers_keep_no_live_swarm_out(make_store):
+    """Only swarms with peers count, and of the others the oldest go first."""
+    store = make_store(max_swarms=100)
+    names = [bytes([number % 256, number // 256]) * 10 for number in range(1000)]
+    for number, name in enumerate(names):
+        for fields in ({}, {"left": 0, "event": "completed"}, {"event": "stopped"}):
+            Swarm(store, name).announce(1, NOW + number, **fields)
+    later = NOW + len(names)
+    found = {name: counts for name, counts in store.swarms(later) if counts.snatches}
+    assert 100 <= len(found) <= 200
+    assert max(found) and set(names[-50:]) <= set(found)
+    for number in range(100):
+        Swarm(store, b"%020d" % number).announce(1, later)
+    with pytest.raises(bitbreeze.TrackerError, match="it tracks 100 torrents already"):
+        Swarm(store, b"i" * 20).announce(1, later)
+    assert counted(store)[1] == 100 < counted(store)[0] <= 200
+    assert len(kept(store.folder)) == counted(store)[0]
+
+
+def test_completed_from_strangers_keeps_no_swarm(make_store):
+    store = make_store()
+    for number in range(300):
+        for fields in ({"event": "completed"}, {}, {"event": "completed"}):
+            Swarm(store, b"%020d" % number).announce(number, left=0, **fields)
+    assert len(list(store.swarms(NOW + TTL + 1))) == 0
+    assert not kept(store.folder)
+
+
 def mixed(store, number, now=NOW):
     """Announce to a store, as each of three does who have all kinds of peers."""
     for info_hash, size in ((HASH, number), (HASH[::-1], 3)):
@@ -467,8 +611,8 @@ def mixed(store, number, now=NOW):
                 swarm.announce(peer, seen + 1, port=peer, **fields)
             if peer % 11 == 0:
                 swarm.announce(peer, seen + 2, event="paused", address=ipv4(peer))
-    Swarm(store, b"e" * 20).announce(1, now, event="completed", left=0)
-    Swarm(store, b"e" * 20).announce(1, now, event="stopped")
+    for fields in ({}, {"event": "completed", "left": 0}, {"event": "stopped"}):
+        Swarm(store, b"e" * 20).announce(1, now, **fields)
 
 
 def known(store, now=NOW + 10):
@@ -613,7 +757,7 @@ class Model:
             return
         seeder = left == 0
         snatched = bool(known and known[3])
-        if event == "completed" or (known and seeder and known[0] != 0):
+        if known and seeder and known[0] != 0:
             self.snatches += not snatched
             snatched = True
         self.peers[peer] = [left, event == "paused" and not seeder, now, snatched]
@@ -907,9 +1051,11 @@ def test_removed_folder_is_made_again(swarm):
 def test_number_of_swarms_is_mended(make_store):
     store = make_store(max_swarms=2)
     Swarm(store, b"a" * 20).announce(1)
-    Path(store.folder, "swarms.count").write_bytes(struct.pack("<Q", 2))
+    Path(store.folder, "swarms.count").write_bytes(struct.pack("<QQ", 9, 2))
     assert len(list(store.swarms(NOW))) == 1
+    assert counted(store) == (1, 1)
     Swarm(store, b"b" * 20).announce(1)
+    assert counted(store) == (2, 2)
 
 
 @pytest.mark.parametrize("peers", [5, 75])
@@ -1121,7 +1267,7 @@ def an_empty_file(swarm):
     """Leave what a kill leaves when a file is made, and nothing written to it yet."""
     crowd(1)(swarm)
     os.truncate(kept(swarm.store.folder)[HASH], 0)
-    Path(swarm.store.folder, "swarms.count").write_bytes(bytes(8))
+    Path(swarm.store.folder, "swarms.count").write_bytes(bytes(16))
 
 
 def announced(peer, now=NOW + 100, **fields):
@@ -1222,10 +1368,15 @@ def observed(store, now):
     return (found, kinds), sum(each.snatches for each in counts.values())
 
 
-def check_number(store):
-    """Fail unless the number of swarms, after a walk over all, is right."""
-    number = Path(store.folder, "swarms.count").read_bytes()
-    assert int.from_bytes(number, "little") == len(kept(store.folder))
+def check_numbers(store, now):
+    """Fail unless the numbers of swarms, after a walk over all, are right."""
+    live = len(dict(all_peers(store, now)))
+    assert counted(store) == (len(kept(store.folder)), live)
+
+
+def counted(store):
+    """Return the numbers of swarms, and of those with peers, that a store keeps."""
+    return struct.unpack("<QQ", Path(store.folder, "swarms.count").read_bytes())
 
 
 def disk_use(store):
@@ -1274,13 +1425,13 @@ def check_after_fault(swarm, case, before, after, halfway):
     found, snatches = observed(store, case.now)
     seen = found, snatches
     assert seen in (before[:2], after[:2], halfway, (before[0], after[1]))
-    check_number(store)
+    check_numbers(store, case.now)
     with suppress(bitbreeze.TrackerError):
         case.act(swarm)
     found, snatches = observed(store, case.now)
     # A kill between the two writes of a snatch among many makes it count twice.
     assert found == after[0] and 0 <= snatches - after[1] <= 1
-    check_number(store)
+    check_numbers(store, case.now)
     assert disk_use(store) == after[2]
     aside = Path(store.folder, "damaged", HASH.hex())
     assert aside.exists() == case.is_damaged
@@ -1306,4 +1457,4 @@ def test_a_restore_that_fails_at_any_call_is_done_again(make_store, kind, here):
         assert swarm.store.restore(*restore) == (100, 0, 0)
         assert swarm.counts() == (0, 160 if here > 60 else 100, 0, 3)
         assert list(swarm.store.swarms(NOW))
-        check_number(swarm.store)
+        check_numbers(swarm.store, NOW)

@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import struct
 import tracemalloc
 from hashlib import sha1
 from heapq import heappop, heappush
@@ -98,7 +99,7 @@ def test_addresses_in_the_query_are_ignored(tracker):
 
 
 def test_totals_are_exact_then_kept_a_while(tmp_path):
-    tracker = bitbreeze.open_tracker(make_settings(data=str(tmp_path)))
+    tracker = bitbreeze.Tracker(make_settings(data=str(tmp_path)))
 
     def announce(swarm, left, event=""):
         announce = bitbreeze.Announce(
@@ -106,18 +107,19 @@ def test_totals_are_exact_then_kept_a_while(tmp_path):
         )
         tracker.announce(announce, NOW)
 
-    assert tracker.totals(NOW) == (0, 0, 0, 0, 0)
+    assert tracker.snapshot(NOW)[0] == (0, 0, 0, 0, 0)
     for swarm in range(999):
         announce(swarm, left=swarm % 2)
+    announce(0, left=1)
     announce(0, left=0, event="completed")
     announce(1, left=0, event="stopped")
-    assert tracker.totals(NOW) == (500, 498, 0, 2, 998)
+    assert tracker.snapshot(NOW)[0] == (500, 498, 0, 2, 998)
     announce(1000, left=1)
     announce(1001, left=1)
-    assert tracker.totals(NOW).swarms == 1000
+    assert tracker.snapshot(NOW)[0].swarms == 1000
     announce(1002, left=1)
-    assert tracker.totals(NOW).swarms == 1000  # kept, as there are a thousand
-    assert tracker.totals(NOW + 1).swarms == 1001
+    assert tracker.snapshot(NOW)[0].swarms == 1000  # kept, as there are a thousand
+    assert tracker.snapshot(NOW + 1)[0].swarms == 1001
 
 
 def test_the_first_snapshot_of_a_worker_has_the_listed_torrents(tmp_path):
@@ -127,8 +129,8 @@ def test_the_first_snapshot_of_a_worker_has_the_listed_torrents(tmp_path):
     (tmp_path / "torrents/a.torrent").write_bytes(bencoder.bencode({b"info": info}))
     info_hash = sha1(bencoder.bencode(info)).digest()
     peer = bitbreeze.Announce(info_hash, peer_id(1), b"\x0a\0\0\1", 6881, 0)
-    bitbreeze.open_tracker(make_settings(**folders)).announce(peer, NOW)
-    fresh = bitbreeze.open_tracker(make_settings(**folders))
+    bitbreeze.Tracker(make_settings(**folders)).announce(peer, NOW)
+    fresh = bitbreeze.Tracker(make_settings(**folders))
     assert fresh.snapshot(NOW)[1] == {info_hash: (1, 0, 0, 0)}
 
 
@@ -205,7 +207,7 @@ class Model:
         if said.event == "stopped" and not old:
             return
         seeds, has_snatched, seen = said.left == 0, bool(old and old[2]), {}
-        if said.event == "completed" or old and seeds and not old[0]:
+        if old and seeds and not old[0]:
             before = self.snatches.get(said.info_hash, 0)
             self.snatches[said.info_hash] = before + (not has_snatched)
             has_snatched = True
@@ -311,7 +313,7 @@ def test_a_long_life_ends_as_the_model_says(tmp_path, monkeypatch, is_long):
     print(f"{life.number} announces; bytes held after each third: {sizes}")
     assert sizes[2] < sizes[0] + 8000 * WORKERS * bitbreeze.OPEN_AT_MOST
     end = life.now + settings.peer_ttl + 1
-    last = bitbreeze.open_tracker(settings._replace(swarm_ttl=0)).store
+    last = bitbreeze.Tracker(settings._replace(swarm_ttl=0)).store
     for step in range(256):
         last.tidy(end + 10 * step)
     left = (tmp_path / "data").glob("s*/**/*")
@@ -324,7 +326,7 @@ class Life:
 
     def __init__(self, settings, souls):
         self.settings, self.model = settings, Model(settings.peer_ttl)
-        self.trackers = [bitbreeze.open_tracker(settings) for _ in range(WORKERS)]
+        self.trackers = [bitbreeze.Tracker(settings) for _ in range(WORKERS)]
         self.now, self.number, self.waiting = NOW, 0, []
         for number in range(souls):
             at = NOW + random.randrange(1000)
@@ -342,7 +344,7 @@ class Life:
     def announce(self, said):
         worker = random.randrange(WORKERS)
         if random.random() < 0.001:  # it is restarted
-            self.trackers[worker] = bitbreeze.open_tracker(self.settings)
+            self.trackers[worker] = bitbreeze.Tracker(self.settings)
         counts, peers, _ = self.trackers[worker].announce(said, self.now)
         self.trackers[worker].run_maintenance(self.now)
         self.model.announce(said, self.now)
@@ -366,11 +368,11 @@ class Life:
             sums = [a + b for a, b in zip(sums, (*counts, bool(there)), strict=True)]
             pages += 1 + len(there) // bitbreeze.SPARSE
         assert not found
-        assert self.trackers[1].totals(now) == tuple(sums)
+        assert self.trackers[1].snapshot(now)[0] == tuple(sums)
         paths = kept(folder).values()
         assert sum(path.stat().st_size for path in paths) <= 4096 * pages
-        number = int.from_bytes((folder / "swarms.count").read_bytes(), "little")
-        assert number == len(paths)
+        counted = struct.unpack("<QQ", (folder / "swarms.count").read_bytes())
+        assert counted == (len(paths), sums[-1])
 
 
 def memory_of_app():
