@@ -190,9 +190,7 @@ def parse_setting(name, value):
     elif name == "url":
         value = text.rstrip("/")
         expected = "a URL such as https://tracker.example.org, in ASCII"
-        is_right = re.fullmatch("(https?://[!-~]+)?", value) and not {*'?#<>"'} & {
-            *value
-        }
+        is_right = re.fullmatch(r"(https?://[!$-&()+-;=@-~]+)?", value)
     elif name == "address_header":
         value, expected = text, "the name of a header"
         is_right = re.fullmatch("[A-Za-z0-9-]*", text)
@@ -1026,9 +1024,8 @@ class Catalogue:
             is_gone = is_settled(os.path.dirname(path), now) and not is_hidden
             if before[path] != UNREAD and not is_gone:
                 entries[path] = before[path]
-        if (paths[2:] or before.get(self.folder, UNREAD)[1]) and os.path.isdir(
-            self.folder
-        ):
+        is_listed = paths[2:] or before.get(self.folder, UNREAD)[1]
+        if is_listed and os.path.isdir(self.folder):
             entries.setdefault(self.folder, ["listed", True])
         if entries != self._entries:
             self._entries, self.changed = entries, now  # until the index is written
@@ -1101,11 +1098,7 @@ _INVISIBLE = re.compile(
 
 
 def visible(text):
-    """Return the text with invisible characters spelled out.
-
-    >>> visible("evil\\u202egpj.exe")
-    'evil⟨U+202E⟩gpj.exe'
-    """
+    """Return the text with invisible characters spelled out, such as ⟨U+202E⟩."""
     return _INVISIBLE.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
 
 
@@ -1365,8 +1358,7 @@ def with_announce(metainfo, url):
         changed[b"announce-list"] = [[ours], *filter(None, tiers)]
     raw = {key: bencoder.bencode(value) for key, value in changed.items()}
     raw[b"info"] = metainfo.info_bytes
-    items = (bencoder.bencode(key) + raw[key] for key in sorted(raw))
-    return b"d%be" % b"".join(items)
+    return b"d%be" % b"".join(bencoder.bencode(key) + raw[key] for key in sorted(raw))
 
 
 def magnet(torrent, url):
@@ -1447,9 +1439,8 @@ class Stats:
             fcntl.flock(lock, mode)
             counters, samples, is_corrupt = self._read()
             if is_corrupt:
-                damaged = f"{self.path}.damaged"
-                os.replace(self.path, damaged)
-                log.error("%s was corrupt, and is kept as %s", self.path, damaged)
+                os.replace(self.path, f"{self.path}.damaged")
+                log.error("%s was corrupt and is kept as stats.json.damaged", self.path)
             counters += self._pending
             by_hour = {each[0]: each for each in (*new, *samples)}
             # Drop the hours farthest from now, such as those of a wrong clock.
@@ -1646,10 +1637,8 @@ class FileStore:
 
     def scrape(self, info_hashes, now):
         """Return Counts by info_hash, zeros for an unknown swarm."""
-        return {
-            info_hash: self._visit(info_hash, now, False, Swarm.counts) or NO_COUNTS
-            for info_hash in info_hashes
-        }
+        found = {h: self._visit(h, now, False, Swarm.counts) for h in info_hashes}
+        return {info_hash: counts or NO_COUNTS for info_hash, counts in found.items()}
 
     def swarms(self, now):
         """Yield (info_hash, Counts) of every swarm that has peers or snatches."""
@@ -1765,9 +1754,7 @@ class FileStore:
                     swarm.lock.release()
                 if more:
                     with suppress(OSError):  # ``swarms`` corrects the number
-                        self._count_swarms(
-                            lambda files, live, n=more: (files, live + n)
-                        )
+                        self._count_swarms(lambda n, live, more=more: (n, live + more))
 
     def _close_old(self, now):
         """Once a second, close files that had no announce for ten seconds."""
@@ -1815,7 +1802,6 @@ class FileStore:
 
         If this process is killed before it writes to the file, the swarm has no peers.
         """
-
         most = self.settings.max_swarms
 
         def create(swarms, live):
@@ -2025,10 +2011,7 @@ class Swarm:
         return None
 
     def _record(self, announce, seeder):
-        """Record any announce; return the peer's endpoints, and whether one is new.
-
-        The endpoints are as Record.endpoints returns them.
-        """
+        """Record any announce; return Record.endpoints, and whether one is new."""
         is_stopped, endpoint = announce.event == "stopped", endpoint_of(announce)
         page, slot = self._locate(announce.peer_id)
         # 1. Find the peer's Record.
@@ -2509,10 +2492,9 @@ class Page:
 
     def count_from(self, address):
         """Return how many peers have an IPv4 address, or the /48 of an IPv6 one."""
-        if len(address) == 4:
-            sources = _ADDRESSES4.unpack_from(self.data, _ENDS4)
-        else:
-            sources = _PREFIXES6.unpack_from(self.data, _ENDS6)
+        is_v4 = len(address) == 4
+        fields, at = (_ADDRESSES4, _ENDS4) if is_v4 else (_PREFIXES6, _ENDS6)
+        sources = fields.unpack_from(self.data, at)
         return sources[: self.peers].count(address[:6])
 
 
@@ -2619,8 +2601,7 @@ def run_of_peers(first, count, ids, ends4, ends6):
 
 def is_seeder(announce):
     """Return True if an Announce says that the peer has the whole torrent."""
-    is_done = announce.left is None and announce.event == "completed"
-    return announce.left == 0 or is_done
+    return (announce.left, announce.event) == (None, "completed") or announce.left == 0
 
 
 def is_loopback(address):
@@ -3028,8 +3009,7 @@ class ListQuery(NamedTuple):
     def select(self, rows):
         """Return the rows with all words that are in the category or below it."""
         if self.category:
-            within = f"{self.category}/"
-            rows = [row for row in rows if f"{row.category}/".startswith(within)]
+            rows = [r for r in rows if f"{r.category}/".startswith(f"{self.category}/")]
         for word in {*self.q.casefold().split()}:
             rows = [row for row in rows if word in row.searched]
         return rows
@@ -3096,8 +3076,7 @@ def month_graph(history, now):
     )
 
 
-PER_PAGE = 100  # torrents on a page of the list, and in the feed
-PER_PIECE = 100  # torrents in a piece of /torrents.json
+PER_PAGE = 100  # torrents on a page, in the feed, and in a piece of /torrents.json
 ANY_SITE = f"https://{os.urandom(16).hex()}.invalid/"  # stands for site_url
 CORS_HEADERS = {"Access-Control-Allow-Origin": "*"}  # pages of any site may read JSON
 pages = Blueprint("pages", __name__)
@@ -3115,9 +3094,8 @@ def front():
     found = query.select(rows)
     last = max(1, -(-len(found) // PER_PAGE))
     page = min(query.page, last)
-    numbers = {
-        name: getattr(totals, name) for name in ("seeders", "leechers", "swarms")
-    }
+    names = "seeders", "leechers", "swarms"
+    numbers = {name: getattr(totals, name) for name in names}
     numbers |= {"torrents": len(rows)} if rows else {}
     return render_template(
         "front.html",
@@ -3218,7 +3196,9 @@ def add_security_headers(response):
 def site_url():
     """Return the URL of the front page in ASCII, with a slash at its end."""
     url = current_app.tracker.settings.url
-    return f"{url}/" if url else iri_to_uri(request.url_root)
+    with suppress(UnicodeError):  # a stranger's Host may break the rules of IDNA
+        url = url or iri_to_uri(request.url_root)[:-1]
+    return f"{url}/"
 
 
 def magnet_of(row, site):
@@ -3261,8 +3241,8 @@ def torrents_json():
 
     def pieces():
         yield '{"torrents": ['
-        for at in range(0, len(rows), PER_PIECE):
-            for row in (piece := rows[at : at + PER_PIECE]):
+        for at in range(0, len(rows), PER_PAGE):
+            for row in (piece := rows[at : at + PER_PAGE]):
                 row.json = row.json or json.dumps(_json_of(row, ANY_SITE))
             text = ", ".join(row.json for row in piece)
             for marker, url in urls.items():

@@ -414,6 +414,16 @@ def test_raw_bytes_have_an_answer(site, caplog, path, raw):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_any_host_has_an_answer(site, caplog, path):
+    client = site("one")
+    path = path.format(id=first_id(client))
+    for host in ("xn--a", "a..b", ".", "x" * 64 + ".org", "[zz]", "a:99999", ""):
+        answer = client.get(path, HTTP_HOST=host)
+        assert answer[0][:3] in ("200", "400", "404")
+    assert not caplog.records
+
+
 def test_raw_bytes_are_text(site):
     client = site("b\xfccher", "one")
     assert names(text(client.get("/", "q=b\xc3\xbccher"))) == ["b\xfccher"]
