@@ -10,20 +10,22 @@ other. The peers are kept in small locked files that all worker processes share,
 there is no database and nothing to set up. Every announce follows this path:
 
     HTTP: environ -> parse_announce -> Tracker.announce -> announce_reply -> bytes
-                                           |        ^
+    UDP:  packet  -> parse_packet_announce |        ^  packet_announce_reply
                         Catalogue.check <--+        +--> FileStore.announce
                         may it be tracked?               one lock, one file: Swarm, Page
 
-TrackerApp drives it. Parsing and replying are pure functions, and ``now`` is an
-argument. Only the edges (WSGI entry point, Pages and feeds, Doctor, Application and
-commands) ask for the time or use a socket. The sections, in reading order:
+TrackerApp and UdpServer drive it through Tracker.answer. Parsing and replying are pure
+functions, and ``now`` is an argument. Only the edges (WSGI entry point, UDP, Pages and
+feeds, Doctor, Application and commands) ask for the time or use a socket. The sections,
+in reading order:
 
     Settings                  every setting and its default; where values come from
     Types                     what the sections pass to each other
     Client addresses          which address is trusted; who gets private addresses
     HTTP protocol             from a raw query to an Announce, from a reply to bytes
-    Tracker                   announce and scrape; no transport
+    Tracker                   announce and scrape, over any transport
     WSGI entry point          answers announces and scrapes ahead of Flask; CGI
+    UDP                       announces and scrapes in packets
     Catalogue                 which torrents are tracked: torrents/, allow.txt, deny.txt
     Torrent files             what a .torrent file says
     Statistics                counters, and a sample of the tracker for each hour
@@ -61,6 +63,7 @@ import time
 import zlib
 from binascii import a2b_qp
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from functools import lru_cache
@@ -70,7 +73,7 @@ from itertools import chain, zip_longest
 from operator import add, or_
 from pathlib import Path
 from random import random
-from threading import Lock
+from threading import Lock, Thread
 from typing import NamedTuple
 from urllib.parse import quote, unquote
 from weakref import WeakSet
@@ -118,10 +121,11 @@ class Settings(NamedTuple):
     max_swarms: int = 100000  # swarms with peers at most; 0: no limit, as in the next
     max_peers: int = 200000  # peers kept in one swarm at most
     max_peers_per_address: int = 100  # in one swarm; for IPv6, from one /48
-    operator_key: str = ""  # opens /doctor?key=...; without it there is no such page
-    full_scrape: bool = False  # answer a scrape without info_hash with all swarms
+    operator_key: str = ""  # opens /doctor?key=... and /swarm/INFO_HASH.json?key=...
+    udp_port: int = 0  # that pages name; 0 for none; "python app.py" sets it
+    verbose: bool = False  # print a line for each announce and scrape
+    dev: bool = False  # /swarm/INFO_HASH.json needs no key, as with --dev
     proxies: int = 0  # number of proxies in front that append to X-Forwarded-For
-    address_header: str = ""  # header to trust instead, such as CF-Connecting-IP
     proxy_networks: list = []  # networks of the proxies, such as 10.0.0.0/8; or unix
     public_ip: dict = {}  # public IPv4 and IPv6 address of the tracker's network
 
@@ -191,9 +195,6 @@ def parse_setting(name, value):
         value = text.rstrip("/")
         expected = "a URL such as https://tracker.example.org, in ASCII"
         is_right = re.fullmatch(r"(https?://[!$-&()+-;=@-~]+)?", value)
-    elif name == "address_header":
-        value, expected = text, "the name of a header"
-        is_right = re.fullmatch("[A-Za-z0-9-]*", text)
     elif name == "proxy_networks":
         value = [w if w == "unix" else ipaddress.ip_network(w) for w in words]
         is_right, expected = True, "networks"
@@ -216,15 +217,12 @@ def check_settings(settings):
     shortest, longest = max(1, s.interval * 9 // 10), s.interval * 11 // 10
     low = f"at most {shortest} seconds, nine tenths of interval"
     high = f"more than {longest} seconds, eleven tenths of interval"
-    is_safe = s.proxy_networks or not s.address_header
     for is_right, sentence in (
         (s.interval > 0, "interval must be at least 1 second"),
         (s.min_interval > 0, "min_interval must be at least 1 second"),
         (s.min_interval <= shortest, f"min_interval must be {low}"),
         (s.peer_ttl > longest, f"peer_ttl must be {high}"),
         (s.numwant <= s.max_numwant, f"numwant must be at most {s.max_numwant}"),
-        (not (s.address_header and s.proxies), "set proxies or address_header"),
-        (is_safe, "address_header needs proxy_networks, or anyone could send it"),
     ):
         if not is_right:
             raise SettingsError(sentence)
@@ -261,6 +259,16 @@ class Announce(NamedTuple):
     key: int = 0  # checksum of the client's key (BEP 7), 0 for none
     compact: bool = True
     no_peer_id: bool = False
+    url: str = ""  # path and query of the announce URL, only over UDP (BEP 41)
+
+
+class Exchange(NamedTuple):
+    """How a kind of request is parsed, and its reply written."""
+
+    transport: str  # http or udp
+    kind: str  # announce or scrape
+    parse: Callable  # (raw request, settings): an Announce, or info_hashes
+    reply: Callable  # (these, what Tracker returned for these, settings): bytes
 
 
 class Counts(NamedTuple):
@@ -307,11 +315,9 @@ def client_address(environ, settings):
     X-Forwarded-For, clients can forge everything to the left of the proxies' entries.
     Raise TrackerError if the address cannot be known.
     """
-    remote = environ.get("REMOTE_ADDR", "")
-    if settings.proxies or settings.address_header:
-        networks = settings.proxy_networks
-        if not networks or is_in_networks(remote, networks):
-            return forwarded_address(environ, settings)
+    remote, networks = environ.get("REMOTE_ADDR", ""), settings.proxy_networks
+    if settings.proxies and (not networks or is_in_networks(remote, networks)):
+        return forwarded_address(environ, settings)
     try:
         return parse_address(remote)
     except ValueError:
@@ -345,17 +351,15 @@ def is_in_networks(remote, networks):
 
 
 def forwarded_address(environ, settings):
-    """Return the address in the header that our proxies send; raise TrackerError."""
-    name, proxies = settings.address_header or "X-Forwarded-For", settings.proxies
-    value = environ.get("HTTP_" + name.upper().replace("-", "_"), "")
-    if proxies:
-        # Each proxy appends the address that it saw.
-        entries = value.rsplit(",", proxies) if value.strip() else []
-        if len(entries) < proxies:
-            found = f"only {len(entries)} of {proxies} entries in {name}"
-            advice = "set proxies to the number of proxies that append to it"
-            raise hidden_address(found, advice)
-        value = entries[-proxies]
+    """Return the address that our proxies send; raise TrackerError."""
+    value, proxies = environ.get("HTTP_X_FORWARDED_FOR", ""), settings.proxies
+    # Each proxy appends the address that it saw.
+    entries = value.rsplit(",", proxies) if value.strip() else []
+    if len(entries) < proxies:
+        found = f"only {len(entries)} of {proxies} entries in X-Forwarded-For"
+        advice = "set proxies to the number of proxies that append to it"
+        raise hidden_address(found, advice)
+    value = entries[-proxies]
     text = value.strip(' \t"')
     with_port = re.fullmatch(r"\[(.+)\](?::\d+)?|([\d.]+):\d+", text)
     with suppress(ValueError):
@@ -363,9 +367,8 @@ def forwarded_address(environ, settings):
         is_multicast = address[0] >= (224 if len(address) == 4 else 255)
         if any(address) and not is_multicast:
             return address
-    found = f"but {value[:60]!r} in {name}"
-    advice = "check what the proxy sends, and the settings proxies and address_header"
-    raise hidden_address(found, advice)
+    found = f"but {value[:60]!r} in X-Forwarded-For"
+    raise hidden_address(found, "check what the proxy sends, and the setting proxies")
 
 
 _NETWORKS = (
@@ -428,6 +431,11 @@ def format_ip(address):
     return str(ipaddress.ip_address(address))
 
 
+def format_endpoint(endpoint):
+    """Return an endpoint as text, "ADDRESS PORT"."""
+    return f"{format_ip(endpoint[:-2])} {int.from_bytes(endpoint[-2:], 'big')}"
+
+
 # -- HTTP protocol --------------------------------------------------------------------
 # Only this section knows the protocol's parameter names and reply keys. It cannot use
 # Flask's request.args, which decodes to text: there %FF and the byte FF are the same.
@@ -483,7 +491,7 @@ def parse_announce(environ, settings):
     )
 
 
-def parse_scrape(environ):
+def parse_scrape(environ, settings=None):
     """Return the info_hashes, 20 bytes each, of a scrape; [] means all (BEP 48).
 
     Of several, the bad ones are left out. Raise TrackerError if all are bad.
@@ -528,8 +536,9 @@ _REPLY = (
 )
 
 
-def announce_reply(announce, counts, peers, interval, settings):
+def announce_reply(announce, answer, settings):
     """Return the bencoded reply to an announce (BEP 3, 7, 23, 24)."""
+    counts, peers, interval = answer
     encode = bencoder.bencode
     peers6 = warning = b""
     if announce.compact:
@@ -545,7 +554,7 @@ def announce_reply(announce, counts, peers, interval, settings):
     return _REPLY % (*start, *numbers, peers4, peers6, warning)
 
 
-def scrape_reply(files, settings):
+def scrape_reply(info_hashes, files, settings):
     """Return the bencoded reply to a scrape (BEP 48, 21) from Counts by info_hash."""
     scraped = {}
     for info_hash, counts in files.items():
@@ -603,7 +612,16 @@ def external_ip(address):
     return b"11:external ip" + bencoder.bencode(address) if is_global else b""
 
 
+HTTP = {
+    "announce": Exchange("http", "announce", parse_announce, announce_reply),
+    "scrape": Exchange("http", "scrape", parse_scrape, scrape_reply),
+}
+
+
 # -- Tracker --------------------------------------------------------------------------
+
+FAULT = "internal error"
+DISK_FAILS = "this tracker cannot read or write its data: try again later"
 
 
 class Tracker:
@@ -617,6 +635,53 @@ class Tracker:
         self._maintained = -10  # the second of the last maintenance
         self._snapshot = 0, 0, None  # valid from this second to that
         self._lock = Lock()  # of the snapshot
+        self._logged = {}  # seconds, by kind of fault
+
+    def answer(self, exchange, raw, source, now):
+        """Return the reply to a raw request from an address, ``source`` as text.
+
+        Raise TrackerError for a refusal. A fault is logged, and refused as well.
+        """
+        request = answer = refusal = None
+        started, (transport, kind, parse, reply) = time.perf_counter_ns(), exchange
+        try:
+            request = parse(raw, self.settings)
+            answer = (self.scrape if kind == "scrape" else self.announce)(request, now)
+            return reply(request, answer, self.settings)
+        except TrackerError as error:
+            refusal = error
+            raise
+        except Exception as fault:
+            self.report(fault, f"{kind} over {transport}", now)
+            is_disk = isinstance(fault, OSError)
+            reason, failure = (DISK_FAILS, "store") if is_disk else (FAULT, "internal")
+            refusal = TrackerError(reason, kind=failure)
+            raise refusal from None
+        finally:
+            took = time.perf_counter_ns() - started if kind == "announce" else None
+            self.stats.count(refusal.kind if refusal else "", took)
+            if self.settings.verbose:
+                listed = self.catalogue.by_hash
+                line = trace(source, kind, request, answer, refusal, listed)
+                at = time.strftime("%H:%M:%S", time.localtime(now))
+                print(at, transport, visible(line), file=sys.stderr, flush=True)
+            try:
+                self.run_maintenance(now)
+            except Exception as fault:  # it must not spoil the reply
+                self.report(fault, "maintenance", now)
+
+    def report(self, fault, what, now):
+        """Log an exception that was raised during ``what``.
+
+        Each kind is logged once a minute. Otherwise a full disk or a bug would write a
+        traceback for every request.
+        """
+        kind = type(fault), getattr(fault, "errno", None)
+        if not 0 <= now - self._logged.get(kind, -60) < 60:
+            self._logged[kind] = now
+            traceback = None if isinstance(fault, OSError) else fault
+            text = "%r failed (logged once a minute): %s"
+            log.error(text, what, fault, exc_info=traceback)
 
     def announce(self, announce, now):
         """Return (Counts, Peers, seconds to the next announce); raise TrackerError."""
@@ -630,21 +695,17 @@ class Tracker:
         return counts, peers, interval or 1
 
     def scrape(self, info_hashes, now):
-        """Return Counts by info_hash, for [] of all swarms if full_scrape is set.
+        """Return Counts by info_hash.
 
         Untracked torrents get zeros, because libtorrent treats a missing entry as an
-        error. Raise TrackerError for a full scrape that is not allowed.
+        error. Raise TrackerError without info_hashes: a full scrape would take long.
         """
-        tracks = self.catalogue.tracks
-        if info_hashes:
-            tracked = [each for each in info_hashes if tracks(each, now)]
-            unknown = dict.fromkeys(info_hashes, NO_COUNTS)
-            return {**unknown, **self.store.scrape(tracked, now)}
-        if not self.settings.full_scrape:
+        if not info_hashes:
             reason = "info_hash is missing: this tracker does not list its torrents"
             raise TrackerError(reason)
-        swarms = self.store.swarms(now)
-        return {each: counts for each, counts in swarms if tracks(each, now)}
+        tracked = [each for each in info_hashes if self.catalogue.tracks(each, now)]
+        unknown = dict.fromkeys(info_hashes, NO_COUNTS)
+        return {**unknown, **self.store.scrape(tracked, now)}
 
     def snapshot(self, now):
         """Return Totals, and Counts of the listed torrents by info_hash.
@@ -679,11 +740,50 @@ class Tracker:
             self.stats.flush(now, lambda now: self.snapshot(now)[0])
 
 
+def trace(source, kind, request, answer, refusal, by_hash):
+    """Return the line that --verbose prints for a request; ``by_hash`` are Torrents.
+
+    ``request`` is None if it was not parsed, ``answer`` if it was refused.
+    """
+    words, hashes, found, sent = [kind], request or [], answer or {}, ""
+    if request and kind == "announce":
+        left = "unknown" if request.left is None else request.left
+        words = [client_name(request.peer_id), request.event or kind, f"left {left}"]
+        source, hashes = format_ip(request.address), [request.info_hash]
+    if answer and kind == "announce":
+        found, (_, ends4, ends6) = {0: answer[0]}, answer[1]
+        sent = f", {len(ends4) // 6 or len(ends6) // 18} peers sent"
+    words += [by_hash[h].name if h in by_hash else h.hex() for h in hashes]
+    result = [f"{c.seeders} seeders, {c.leechers} leechers" for c in found.values()]
+    result = [f"refused: {refusal}"] if refusal else result
+    return f"{source} {', '.join(words)}: {', '.join(result)}{sent}"
+
+
+_CLIENTS = "A2=aria2 AZ=Vuze BI=BiglyBT BT=BitTorrent DE=Deluge LT=libtorrent"
+_CLIENTS += " lt=rTorrent M=BitTorrent qB=qBittorrent TR=Transmission UT=uTorrent"
+CLIENTS = dict(pair.split("=") for pair in _CLIENTS.split())  # by their codes
+
+
+def client_name(peer_id):
+    """Return the client that a peer_id names, with its version, or hex (BEP 20).
+
+    >>> client_name(b"-qB5100-abcdefghijkl"), client_name(b"A2-1-36-0-abcdefghij")
+    ('qBittorrent 5.1.0', 'aria2 1.36.0')
+    """
+    text = peer_id.decode("latin-1").replace("_", "-")
+    azureus = re.match(r"-(\w\w)(\w{3}[1-9]?)", text, re.A)
+    shadow = re.match(r"(A2|[A-Z])-?(\w+(?:-\w+)*)--?", text, re.A)
+    if not (found := azureus or shadow):
+        return peer_id.hex()
+    numbers = found[2].split("-") if "-" in found[2] else found[2]
+    version = ".".join(str(int(n, 36)) if len(n) == 1 else n for n in numbers)
+    return f"{CLIENTS.get(found[1], found[1])} {version}"
+
+
 # -- WSGI entry point -----------------------------------------------------------------
 # Announces and scrapes are answered here, before Flask makes a request object of them:
 # that takes four times as long as an announce. All other paths go to Flask.
 
-DISK_FAILS = "this tracker cannot read or write its data: try again later"
 _TEXT = "Content-Type", "text/plain; charset=iso-8859-1"
 
 
@@ -693,7 +793,6 @@ class TrackerApp:
     def __init__(self, tracker, pages):
         """Hand all other requests on to ``pages``, a WSGI application."""
         self.tracker, self.pages = tracker, pages
-        self._logged = {}  # seconds, by kind of fault
 
     def __call__(self, environ, start_response):
         kind = request_kind(environ.get("PATH_INFO", ""))
@@ -701,67 +800,28 @@ class TrackerApp:
             # Flask expects a query in ASCII, but clients may send any byte.
             query = quote(environ.get("QUERY_STRING", ""), "%&=+", "latin-1", "replace")
             return self.pages({**environ, "QUERY_STRING": query}, start_response)
-        method = environ["REQUEST_METHOD"]
-        if method not in ("GET", "HEAD"):
+        if (method := environ["REQUEST_METHOD"]) not in ("GET", "HEAD"):
             start_response("405 Method Not Allowed", [_TEXT, ("Allow", "GET, HEAD")])
             return [b"Clients announce and scrape with GET.\n"]
         if "info_hash=" not in (query := environ.get("QUERY_STRING", "")):
-            settings = self.tracker.settings
-            is_full_scrape = kind == "scrape" and settings.full_scrape
             is_browser = "text/html" in environ.get("HTTP_ACCEPT", "")
-            if is_browser or not query and not is_full_scrape:
+            if is_browser or not query:
                 path = quote(environ.get("SCRIPT_NAME", ""), encoding="latin-1")
-                root = settings.url or path
+                root = self.tracker.settings.url or path
                 start_response("302 Found", [_TEXT, ("Location", f"{root}/")])
                 return []
         if method == "HEAD":  # it must not change anything
             start_response("200 OK", [_TEXT])
             return []
-        body = self._reply(kind, environ)
-        # Refusals have status 200 too. With any other, clients ignore the reason and
-        # come back within seconds.
+        source, now = environ.get("REMOTE_ADDR", ""), int(time.time())
+        try:
+            body = self.tracker.answer(HTTP[kind], environ, source, now)
+        except TrackerError as refusal:
+            # It has status 200 too. With any other, clients ignore the reason and come
+            # back within seconds.
+            body = failure_reply(str(refusal), self.tracker.settings, refusal.kind)
         start_response("200 OK", [_TEXT, ("Content-Length", str(len(body)))])
         return [body]
-
-    def _reply(self, kind, environ):
-        """Return the reply to an announce or a scrape, or the reason for a refusal."""
-        tracker, settings, failure = self.tracker, self.tracker.settings, ""
-        now, started = int(time.time()), time.perf_counter_ns()
-        try:
-            if kind == "scrape":
-                hashes = parse_scrape(environ)
-                return scrape_reply(tracker.scrape(hashes, now), settings)
-            announce = parse_announce(environ, settings)
-            counts, peers, interval = tracker.announce(announce, now)
-            return announce_reply(announce, counts, peers, interval, settings)
-        except TrackerError as refusal:
-            failure = refusal.kind
-            return failure_reply(str(refusal), settings, failure)
-        except Exception as fault:
-            failure = "store" if isinstance(fault, OSError) else "internal"
-            self.report(fault, environ["PATH_INFO"], now)
-            reason = DISK_FAILS if failure == "store" else "internal error"
-            return failure_reply(reason, settings)
-        finally:
-            took = time.perf_counter_ns() - started if kind == "announce" else None
-            tracker.stats.count(failure, took)
-            try:
-                tracker.run_maintenance(now)
-            except Exception as fault:  # it must not spoil the reply
-                self.report(fault, "maintenance", now)
-
-    def report(self, fault, path, now):
-        """Log an exception that was raised while ``path`` was answered.
-
-        Each kind is logged once a minute. Otherwise a full disk or a bug would write a
-        traceback for every request.
-        """
-        kind = type(fault), getattr(fault, "errno", None)
-        if not 0 <= now - self._logged.get(kind, -60) < 60:
-            self._logged[kind] = now
-            traceback = None if isinstance(fault, OSError) else fault
-            text = "%r failed (logged once a minute): %s"
-            log.error(text, path, fault, exc_info=traceback)
 
 
 @lru_cache(maxsize=100)
@@ -775,6 +835,155 @@ def request_kind(path):
         if (name := part.removesuffix(".php")) in ("announce", "scrape"):
             return name
     return ""
+
+
+# -- UDP ------------------------------------------------------------------------------
+# BEP 15; numbers are big-endian. A client may have forged its address until it shows a
+# connection id that was sent there. So it gets no reply longer than its packet before.
+
+PROTOCOL_ID = 0x41727101980.to_bytes(8, "big")  # in place of a connection id
+ID_SECONDS = 120  # that a connection id is good for at least, and at most twice that
+MOST_BYTES = 1232  # of a reply, so that no network cuts it: 1280 less the IPv6 headers
+MOST_SCRAPED = 74  # info_hashes in a packet
+_PACKET = struct.Struct(">8sI4s")  # connection id, action, transaction id
+PACKET_ANNOUNCE = struct.Struct(">16x20s20s8xq8xI4xIiH")
+_EVENTS = "", "completed", "started", "stopped", "paused"  # libtorrent sends 4 (BEP 21)
+_NUMBERS = struct.Struct(">III")
+
+
+def parse_packet_announce(raw, settings):
+    """Return the Announce in (packet of at least 98 bytes, address)."""
+    packet, address = raw
+    fields = PACKET_ANNOUNCE.unpack_from(packet)
+    most = (MOST_BYTES - 20) // (len(address) + 2)
+    info_hash, peer_id, left, event, key, numwant, port = fields
+    return Announce(
+        info_hash,
+        peer_id,
+        address,
+        port,
+        # With a magnet link, clients send -1 or 2^63 - 1.
+        left if 0 <= left < 2**63 - 1 else None,
+        _EVENTS[event] if event < len(_EVENTS) else "",
+        min(settings.numwant if numwant < 0 else numwant, most),
+        # Over HTTP, the same clients send it as eight hexadecimal digits.
+        zlib.crc32(b"%08X" % key) if key else 0,
+        url=url_data(packet[98:]),
+    )
+
+
+def url_data(options):
+    """Return the path and query of the announce URL in the options (BEP 41)."""
+    found = b""
+    while options[:1] not in (b"", b"\0"):  # 0 is the end
+        size = 0 if options[0] == 1 else 1 + sum(options[1:2])  # 1 is padding
+        found += options[2 : 1 + size] if options[0] == 2 else b""
+        options = options[1 + size :]
+    return found.decode("latin-1")
+
+
+def parse_packet_scrape(raw, settings):
+    """Return the info_hashes in (packet of at least 36 bytes, address)."""
+    packet, _ = raw
+    return [h for h in chunks(packet[16:], 20) if len(h) == 20][:MOST_SCRAPED]
+
+
+def packet_announce_reply(announce, answer, settings):
+    """Return the reply to an announce behind its head: 12 to 1,224 bytes."""
+    counts, peers, interval = answer
+    head = _NUMBERS.pack(interval, counts.leechers, counts.seeders)
+    if len(announce.address) == 4:
+        return head + with_ports(peers.endpoints4, 6)
+    return head + with_ports(peers.endpoints6, 18)
+
+
+def packet_scrape_reply(info_hashes, files, settings):
+    """Return the counts of each info_hash, 12 bytes each, in the order asked."""
+    found = [files[info_hash] for info_hash in info_hashes]
+    return b"".join(_NUMBERS.pack(c.seeders, c.snatches, c.leechers) for c in found)
+
+
+UDP = {
+    1: Exchange("udp", "announce", parse_packet_announce, packet_announce_reply),
+    2: Exchange("udp", "scrape", parse_packet_scrape, packet_scrape_reply),
+}
+
+
+@lru_cache(maxsize=10000)
+def connection_id(key, address, slot):
+    """Return the id for an address in a slot of time: a keyed hash of 8 bytes."""
+    return blake2b(address + slot.to_bytes(8, "big"), key=key, digest_size=8).digest()
+
+
+class UdpServer:
+    """Answers the packets that a socket receives."""
+
+    def __init__(self, tracker, sock):
+        """Serve with a bound socket. All processes share data/udp.key."""
+        self.tracker, self.sock, self._is_closed = tracker, sock, False
+        # Packets shall tell their destination. Python names IP_PKTINFO from 3.12 on.
+        option = socket.IPPROTO_IP, 8 if sys.platform == "linux" else 26
+        if sock.family == socket.AF_INET6:
+            option = socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO
+        sock.setsockopt(*option, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        folder = tracker.store.folder
+        os.makedirs(folder, 0o700, exist_ok=True)
+        fd = os.open(f"{folder}/udp.key", os.O_RDWR | os.O_CREAT, 0o600)
+        with open(fd, "r+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not os.fstat(fd).st_size:
+                file.write(os.urandom(32))
+            self._key = os.pread(fd, 32, 0)
+
+    def answer(self, packet, source, now):
+        """Return the reply to a packet from an address in text, or b"" for silence."""
+        if len(packet) < 16:
+            return b""
+        given, action, transaction = _PACKET.unpack_from(packet)
+        address, slot, head = parse_address(source), now // ID_SECONDS, packet[8:16]
+        if not action and given == PROTOCOL_ID:
+            return head + connection_id(self._key, address, slot)
+        if len(packet) < {1: 98, 2: 36}.get(action, 1 << 16):
+            return b""
+        error = b"\0\0\0\3" + transaction
+        if given not in [connection_id(self._key, address, slot - n) for n in (0, 1)]:
+            return error + b"connect again"  # after silence, clients wait for seconds
+        try:
+            raw = packet, address
+            return head + self.tracker.answer(UDP[action], raw, source, now)
+        except TrackerError as refusal:
+            return error + str(refusal).encode()
+
+    def serve(self):
+        """Answer packets until ``close``, each from the address that it was sent to."""
+        while not self._is_closed:
+            with suppress(OSError):  # there may be no way to a forged address
+                packet, info, _, sender = self.sock.recvmsg(2048, 64)
+                if reply := self.answer(packet, sender[0], int(time.time())):
+                    self.sock.sendmsg([reply], info, 0, sender)
+            if random() < 0.1:
+                time.sleep(0)  # under gevent, HTTP is answered meanwhile
+        self.sock.close()
+
+    def close(self):
+        """Make ``serve`` return, in another thread."""
+        self._is_closed = True
+        self.sock.sendto(b"", self.sock.getsockname())
+
+
+def bound_socket(kind, host, port):
+    """Return a bound socket, over IPv4 and IPv6 if host is ""; raise OSError."""
+    is_dual = host in ("", "::") and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if is_dual or ":" in host else socket.AF_INET
+    sock = socket.socket(family, kind)
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not is_dual)
+    if kind == socket.SOCK_STREAM:  # bind while old connections time out
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind((host, port))
+    sock.set_inheritable(True)
+    return sock
 
 
 # -- Catalogue ------------------------------------------------------------------------
@@ -1337,13 +1546,13 @@ def parse_details(metainfo):
     }
 
 
-def with_announce(metainfo, url):
-    """Return the bytes of a .torrent file with the tracker at ``url`` as its first.
+def with_announce(metainfo, urls):
+    """Return the bytes of a .torrent file with the tracker at ``urls`` as its first.
 
     The other trackers follow (BEP 12), except in a private torrent, which has only one
-    (BEP 27). The info dictionary keeps its bytes.
+    URL (BEP 27). The info dictionary keeps its bytes.
     """
-    ours, changed = url.encode(), {**metainfo.outer}
+    ours, changed = [url.encode() for url in urls], {**metainfo.outer}
     lists, former = changed.pop(b"announce-list", None), changed.get(b"announce")
     tiers = [
         [each for each in tier if _text(each).strip()]
@@ -1352,21 +1561,21 @@ def with_announce(metainfo, url):
     ]
     if not any(tiers) and _text(former):
         tiers = [[former]]
-    tiers = [[each for each in tier if each != ours] for tier in tiers]
-    changed[b"announce"] = ours
-    if any(tiers) and not metainfo.is_private():
-        changed[b"announce-list"] = [[ours], *filter(None, tiers)]
+    tiers = [ours, *([each for each in tier if each not in ours] for tier in tiers)]
+    changed[b"announce"] = ours[0]
+    if sum(map(len, tiers)) > 1 and not metainfo.is_private():
+        changed[b"announce-list"] = [tier for tier in tiers if tier]
     raw = {key: bencoder.bencode(value) for key, value in changed.items()}
     raw[b"info"] = metainfo.info_bytes
     return b"d%be" % b"".join(bencoder.bencode(key) + raw[key] for key in sorted(raw))
 
 
-def magnet(torrent, url):
-    """Return the magnet link of a Torrent, tracked at ``url`` (BEP 9, 52)."""
+def magnet(torrent, urls):
+    """Return the magnet link of a Torrent, tracked at ``urls`` (BEP 9, 52)."""
     v1 = f"xt=urn:btih:{torrent.v1}&" if torrent.v1 else ""
     v2 = f"xt=urn:btmh:1220{torrent.v2}&" if torrent.v2 else ""
-    name, url = quote(torrent.name, safe=""), quote(url, safe="")
-    return f"magnet:?{v1}{v2}dn={name}&xl={torrent.size}&tr={url}"
+    trackers = "".join(f"&tr={quote(url, safe='')}" for url in urls)
+    return f"magnet:?{v1}{v2}dn={quote(torrent.name, '')}&xl={torrent.size}{trackers}"
 
 
 # -- Statistics -----------------------------------------------------------------------
@@ -1410,10 +1619,8 @@ class Stats:
 
     def history(self, now):
         """Return [hour, seeders, leechers, swarms] of 31 days, the oldest first."""
-        hour, samples = now // 3600, []
-        with suppress(OSError):
-            samples = self._read()[1]
-        return [each for each in samples if 0 <= hour - each[0] < MONTH_HOURS]
+        _, samples, _ = self._read()
+        return [each for each in samples if 0 <= now // 3600 - each[0] < MONTH_HOURS]
 
     def flush(self, now, totals):
         """Write what was counted, unless another process writes. Raise OSError.
@@ -1665,6 +1872,16 @@ class FileStore:
             snatches, pages = found or (0, [])
             if snatches or any(page.peers for page in pages):
                 yield info_hash, snatches, chain.from_iterable(pages)
+
+    def peers(self, info_hash, now):
+        """Return the snatches of a swarm, and (Record, is_seeder) of each peer."""
+        snatches, pages = self._visit(info_hash, now, False, Swarm.records) or (0, [])
+        return snatches, [*chain.from_iterable(pages)]
+
+    def reset(self, now):
+        """Forget all peers and snatches."""
+        for _ in self._walk(range(256), lambda: now, Swarm.retire):
+            pass
 
     def restore(self, info_hash, snatches, peers, now):
         """Merge peers and snatches that ``records`` yielded, here or on another host.
@@ -2094,16 +2311,19 @@ class Swarm:
         return refused
 
     def counts_or_retire(self, keep=True):
-        """Return Counts if the swarm has peers, or snatches that are worth keeping.
-
-        If not, tell other processes that have the file open not to use it any more, and
-        raise RetiredError. If this process is killed then, the next process to find the
-        file removes it.
-        """
+        """Return Counts if the swarm has peers, or snatches that are worth keeping."""
         kept = self.settings.swarm_ttl if self.snatches and keep else 0
         if self.tally[0] or self.now < self.emptied + kept:
             return self.counts()
-        self.state = RETIRED
+        return self.retire()
+
+    def retire(self):
+        """Raise RetiredError, so that FileStore removes the swarm with all its peers.
+
+        Tell other processes that have the file open not to use it any more. If this
+        process is killed then, the next process to find the file removes it.
+        """
+        self.state, self.tally = RETIRED, (0, 0, 0)
         self._write(self.first)
         self.head = b""  # for a thread that waits for the lock of this Swarm
         raise RetiredError
@@ -2699,12 +2919,13 @@ if is_cgi and request_kind(os.environ.get("PATH_INFO", "")):
 
 import base64  # noqa: E402
 import io  # noqa: E402
+import shutil  # noqa: E402
 import signal  # noqa: E402
 from contextlib import closing  # noqa: E402
 from http.client import HTTPConnection, HTTPSConnection  # noqa: E402
 from itertools import islice  # noqa: E402
 from operator import attrgetter  # noqa: E402
-from tempfile import NamedTemporaryFile  # noqa: E402
+from tempfile import NamedTemporaryFile, mkdtemp  # noqa: E402
 from urllib.parse import urlencode, urljoin, urlsplit  # noqa: E402
 
 import click  # noqa: E402
@@ -2751,8 +2972,6 @@ table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nu
 tr { vertical-align: top; border-bottom: 1px solid var(--line) }
 th, td { padding: .5rem .4rem } tr > * + * { text-align: right; white-space: nowrap }
 tr > :first-child { width: 100%; padding-left: 0; text-align: left }
-[aria-sort=ascending]::after { content: " ▲" }
-[aria-sort=descending]::after { content: " ▼" }
 @media (max-width: 40rem) { thead { display: none }
   tr { display: flex; flex-wrap: wrap; padding: .5rem 0 } td { padding: 0 1rem 0 0 }
   td::before { color: var(--faint); content: attr(data-of) }
@@ -2798,8 +3017,9 @@ other. It stores no files. {% if tracker.catalogue.is_open() %}It is open: it tr
 torrent that clients announce.{% else %}It tracks only the torrents that its operator
 has added. If a client announced a torrent before that, use "Force reannounce" in it.
 {% endif %} Announce URL:</p>
-<p class="block"><code>{{ site }}announce</code></p>
-{% endblock %}
+{% for url in announce_urls(site) -%}
+<p class="block"><code>{{ url }}</code></p>
+{% endfor %}{% endblock %}
 {% block main %}
 {% if tracker.catalogue.unread %}<p class="note">Torrent files still to read:
 {{ tracker.catalogue.unread | length }}</p>{% endif %}
@@ -2822,10 +3042,7 @@ has added. If a client announced a torrent before that, use "Force reannounce" i
 </form>
 {% if rows %}<table>
 <thead><tr>
-{% for name, link, direction in query.headings() -%}
-<th scope="col"{% if direction %} aria-sort="{{ direction }}"{% endif %}>
-<a href="{{ root }}{{ link }}#torrents">{{ name }}</a></th>
-{% endfor %}
+{% for name in columns %}<th scope="col">{{ name }}</th>{% endfor %}
 </tr></thead><tbody>
 {% for row in rows -%}
 {% set page, counts = root ~ "torrent/" ~ row.id, row.counts -%}
@@ -2853,8 +3070,6 @@ has added. If a client announced a torrent before that, use "Force reannounce" i
  rel="next">Next</a>{% endif %}</nav>
 {% else %}<p>No torrent matches. <a href="{{ root }}">Show all</a></p>{% endif %}
 {% endif %}
-{% if graph %}<h2>Last month</h2>
-{{ graph | safe }}{% endif %}
 {% endblock %}
 {% block footer %}
 {% if numbers.torrents %}<a href="{{ root }}{{ feed }}">RSS feed</a>
@@ -3020,61 +3235,6 @@ class ListQuery(NamedTuple):
         query = urlencode({k: v for k, v in values.items() if v != defaults[k]})
         return f"{path}?{query}" if query else path
 
-    def headings(self):
-        """Yield a heading, the link that sorts by it, and the sort direction or ""."""
-        for key, (heading, *_) in COLUMNS.items():
-            # The first click shows the largest numbers, the newest torrent, or name A.
-            first, second = (key, f"-{key}") if key == "name" else (f"-{key}", key)
-            link = self.link(sort=second if self.sort == first else first, page=1)
-            directions = {key: "ascending", f"-{key}": "descending"}
-            yield heading, link, directions.get(self.sort, "")
-
-
-def month_graph(history, now):
-    """Return 31 days of seeders and leechers as SVG, or "" without two samples.
-
-    ``history`` is what Stats.history returns. The lines stretch with the page, and the
-    text keeps its size. More than two hours without a sample are a gap in the lines.
-    """
-    if len(history) < 2:
-        return ""
-    hours, seeders, leechers, _ = zip(*history, strict=True)
-    left = now // 3600 - MONTH_HOURS  # the hour at the left edge
-    top = max(1, *seeders, *leechers)
-    thin = 'vector-effect="non-scaling-stroke"'
-    grid = f"M0 0H{MONTH_HOURS}M0 200H{MONTH_HOURS}"
-    about = lines = labels = ""
-    # Both colours have a contrast of at least 3:1 on light and on dark pages.
-    for name, numbers, x, colour in (
-        ("seeders", seeders, "0", "#2a7ae2"),
-        ("leechers", leechers, "50%", "#c46a00"),
-    ):
-        path = ""
-        for last, hour, number in zip((0, *hours), hours, numbers, strict=False):
-            # "h0" draws a dot, so that a sample between two gaps can be seen.
-            step = "L{} {}" if hour - last <= 2 else "M{} {}h0"
-            path += step.format(hour - left, 200 - 200 * number // top)
-        lines += f'<path d="{path}" stroke="{colour}" stroke-width="2" {thin}/>'
-        labels += f'<rect x="{x}" y="3" width="12" height="12" fill="{colour}"/>'
-        labels += f'<text x="{x}" dx="18" y="14">{name} {numbers[-1]:,}</text>'
-        about += f"{numbers[-1]:,} {name} now, {min(numbers):,} to {max(numbers):,}. "
-    for hour in range((now // 86400 - 27) * 24, now // 3600, 7 * 24):
-        date = time.strftime("%-d %b", time.gmtime(hour * 3600))
-        x = f"{(hour - left) / MONTH_HOURS:.1%}"
-        labels += f'<text x="{x}" y="235" text-anchor="middle">{date}</text>'
-        grid += f"M{hour - left} 0V200"
-    return (
-        '<svg role="img" aria-labelledby="month-title month-text" width="100%"'
-        ' height="240" font-size="13" fill="currentColor">'
-        '<title id="month-title">Seeders and leechers in the last 31 days</title>'
-        f'<desc id="month-text">{about}</desc>{labels}<text y="36">{top:,}</text>'
-        f'<svg y="40" width="100%" height="176" viewBox="0 0 {MONTH_HOURS} 200"'
-        ' preserveAspectRatio="none" overflow="visible" fill="none"'
-        ' stroke-linecap="round">'
-        f'<path d="{grid}" stroke="currentColor" stroke-opacity=".25" {thin}/>'
-        f"{lines}</svg></svg>"
-    )
-
 
 PER_PAGE = 100  # torrents on a page, in the feed, and in a piece of /torrents.json
 ANY_SITE = f"https://{os.urandom(16).hex()}.invalid/"  # stands for site_url
@@ -3100,9 +3260,9 @@ def front():
     return render_template(
         "front.html",
         numbers=numbers,
-        graph=month_graph(tracker.stats.history(now), now),
         feed=query.link("feed.xml", sort=NEWEST, page=1),
         categories=categories,
+        columns=[heading for heading, *_ in COLUMNS.values()],
         sorts=SORTS,
         query=query._replace(page=page),
         rows=found[(page - 1) * PER_PAGE : page * PER_PAGE],
@@ -3122,7 +3282,7 @@ def torrent_page(info_hash):
 def download(info_hash):
     """Send the .torrent file with the announce URL of this tracker in it."""
     row, metainfo, _ = _torrent_or_404(info_hash)
-    data = with_announce(metainfo, f"{site_url()}announce")
+    data = with_announce(metainfo, announce_urls(site_url()))
     name = re.sub(r'[/\\:*?"<>|]', "_", row.name)[:120].strip(". ")
     return flask.send_file(
         io.BytesIO(data),
@@ -3150,13 +3310,40 @@ def _torrent_or_404(info_hash):
     return Row(torrent, tracker.scrape(hashes, now)), metainfo, details
 
 
+def _operator_key():
+    """Return the operator's key if the request has it; abort with 404 if not."""
+    key, given = current_app.tracker.settings.operator_key, request.args.get("key", "")
+    if not key or not hmac.compare_digest(given.encode(), key.encode()):
+        flask.abort(404)
+    return key
+
+
+@pages.get("/swarm/<info_hash>.json")
+def swarm_json(info_hash):
+    """Send the operator all peers of a swarm, as they are kept."""
+    tracker, now = current_app.tracker, int(time.time())
+    if not tracker.settings.dev:
+        _operator_key()
+    if not re.fullmatch("[0-9a-fA-F]{40}", info_hash):
+        flask.abort(404, "The info hash of a swarm has 40 hex digits.")
+    snatches, records = tracker.store.peers(bytes.fromhex(info_hash), now)
+    peers = [
+        {
+            "peer_id": record.peer_id.hex(),
+            "client": client_name(record.peer_id),
+            "endpoints": [*map(format_endpoint, filter(None, record.endpoints()))],
+            "seeder": seeder,
+            "seen": max(record.seen4, record.seen6),
+        }
+        for record, seeder in records
+    ]
+    return {"snatches": snatches, "peers": peers}, {"Cache-Control": "no-store"}
+
+
 @pages.get("/doctor")
 def doctor_page():
     """Show the operator what the doctor finds on this host and in this request."""
-    tracker = current_app.tracker
-    key, given = tracker.settings.operator_key, request.args.get("key", "")
-    if not key or not hmac.compare_digest(given.encode(), key.encode()):
-        flask.abort(404)
+    tracker, key = current_app.tracker, _operator_key()
     findings = list(check_host(tracker, time.time()))
     findings += check_request(request.environ, tracker.settings)
     if "through" in request.args:
@@ -3203,7 +3390,14 @@ def site_url():
 
 def magnet_of(row, site):
     """Return a magnet link, or None for a private torrent, where it would not work."""
-    return None if row.torrent.is_private else magnet(row.torrent, f"{site}announce")
+    return None if row.torrent.is_private else magnet(row.torrent, announce_urls(site))
+
+
+def announce_urls(site):
+    """Return the announce URLs of the tracker that has its front page at ``site``."""
+    port, host = current_app.tracker.settings.udp_port, urlsplit(site).netloc
+    over_udp = f"udp://{re.sub(':[0-9]+$', '', host)}:{port}/announce"
+    return [f"{site}announce", over_udp] if port else [f"{site}announce"]
 
 
 def date_text(seconds):
@@ -3234,7 +3428,10 @@ def torrents_json():
     """
     query, site, app = ListQuery.parse(request.args), site_url(), current_app
     rows = query.select(app.listing(query.sort, int(time.time()))[0])
-    urls = {ANY_SITE: json.dumps(site)[1:-1], quote(ANY_SITE, ""): quote(site, "")}
+    urls = {ANY_SITE: json.dumps(site)[1:-1]}
+    for pair in zip(announce_urls(ANY_SITE), announce_urls(site), strict=True):
+        marker, url = (quote(each, "") for each in pair)
+        urls[marker] = url
     response = app.response_class(mimetype="application/json", headers=CORS_HEADERS)
     state = repr((app.listing_state, query, site)).encode(errors="replace")
     response.set_etag(sha1(state).hexdigest())
@@ -3282,23 +3479,19 @@ def torrent_json(info_hash):
 
 @pages.get("/stats.json")
 def stats():
-    """Send the totals of the front page."""
-    totals, _ = current_app.tracker.snapshot(int(time.time()))
-    return {"version": __version__, **totals._asdict()}, CORS_HEADERS
+    """Send the totals of the front page, and of each hour of the last month."""
+    tracker, now = current_app.tracker, int(time.time())
+    totals, history = tracker.snapshot(now)[0], tracker.stats.history(now)
+    numbers = {"version": __version__, **totals._asdict(), "history": history}
+    return numbers, CORS_HEADERS
 
 
-METRICS = (
-    # Snatches are no counter: they are forgotten with their swarms.
-    ("swarms", "gauge", "Swarms with at least one peer."),
-    ("seeders", "gauge", "Peers that have all of a torrent."),
-    ("leechers", "gauge", "All other peers."),
-    ("partial_seeds", "gauge", "Leechers that have all they want."),
-    ("snatches", "gauge", "Completed downloads in the swarms that are stored."),
-    ("announces_total", "counter", "Announces, including refused ones."),
-    ("scrapes_total", "counter", "Scrapes, including refused ones."),
-    ("failures_total", "counter", "Refused announces and scrapes, by reason."),
-    ("announce_duration_seconds", "summary", "Time from request to reply."),
-)
+METRICS = dict.fromkeys(Totals._fields, "gauge") | {
+    "announces_total": "counter",  # including refused ones, as in the next
+    "scrapes_total": "counter",
+    "failures_total": "counter",  # refused announces and scrapes
+    "announce_duration_seconds": "summary",  # from request to reply
+}
 
 
 @pages.get("/metrics")
@@ -3316,8 +3509,8 @@ def metrics():
     }
     values["announce_duration_seconds"] = {"_sum": seconds, "_count": announces}
     text = ""
-    for name, kind, sentence in METRICS:
-        text += f"# HELP bitbreeze_{name} {sentence}\n# TYPE bitbreeze_{name} {kind}\n"
+    for name, kind in METRICS.items():
+        text += f"# TYPE bitbreeze_{name} {kind}\n"
         for suffix, value in values[name].items():
             text += f"bitbreeze_{name}{suffix} {value}\n"
     kind = "text/plain; version=0.0.4; charset=utf-8"
@@ -3342,9 +3535,8 @@ def health():
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 NETWORK_FILE_SYSTEMS = tuple("nfs cifs smb 9p afs fuse.sshfs ceph lustre".split())
-_FORGED = "X-Forwarded-For X-Real-IP X-Client-IP CF-Connecting-IP True-Client-IP"
-# With addresses for documentation (RFC 5737), which no client has.
-FORGED_HEADERS = {name: f"198.51.100.{n}" for n, name in enumerate(_FORGED.split(), 1)}
+FORGED = "198.51.100.1"  # an address for documentation (RFC 5737), which no client has
+FORGER = 50002  # port of the peer that sends it in X-Forwarded-For
 PRIVATE_FILES = "wsgi.ini", "data/stats.json", "data/swarms.count"
 PRIVATE_CONTENTS = re.compile(rb'\[tracker\]|\A\{"counters"|(?s:\A.{16}\Z)')
 
@@ -3385,7 +3577,6 @@ def check_host(tracker, now):
         if kind.startswith(NETWORK_FILE_SYSTEMS):
             fact = f"{folder} is on a network file system ({kind}): its locks may fail."
             yield Finding(WARNING, f"{fact} Set data to a folder on a local disk.")
-        yield from _check_peers(tracker, int(now))
         if not existed:
             with suppress(OSError):  # a worker may use it now
                 os.rmdir(folder)
@@ -3393,23 +3584,6 @@ def check_host(tracker, now):
         fact = f"The data folder {folder} cannot be used: {error.strerror}."
         yield Finding(FAILURE, f"{fact} Make it writable, or set data elsewhere.")
     yield from _check_lists(tracker.settings, int(now))
-
-
-def _check_peers(tracker, now):
-    """Look at the addresses of a thousand peers."""
-    swarms = (peers for _, _, peers in tracker.store.records(lambda: now))
-    records = [record for record, _ in islice(chain.from_iterable(swarms), 1000)]
-    addresses = [end[:-2] for each in records for end in each.endpoints() if end]
-    number, distinct = len(records), len(set(addresses))
-    if number > 4 and distinct == 1:
-        fact = f"All {number} peers looked at come from {format_ip(addresses[0])}."
-        yield Finding(WARNING, f"{fact} If that is a proxy, set proxies.")
-    elif number:
-        yield Finding(OK, f"{number} peers looked at have {distinct} addresses.")
-    private = sum(map(is_private, addresses))
-    if private and not tracker.settings.public_ip:
-        fact = f"{private} peers have private addresses, which others cannot reach."
-        yield Finding(WARNING, f"{fact} Set public_ip to their public address.")
 
 
 def _check_lists(settings, now):
@@ -3435,11 +3609,7 @@ def _check_lists(settings, now):
 
 
 def check_request(environ, settings):
-    """Yield Findings about a request of the operator: its address, and its URL."""
-    url = settings.url
-    if url and (called := iri_to_uri(flask.Request(environ).url_root)) != f"{url}/":
-        fact = f"You came by {visible(called)}, but the setting url is {url}."
-        yield Finding(WARNING, f"{fact} See that clients can use the setting.")
+    """Yield a Finding about the address of a request of the operator."""
     remote = environ.get("REMOTE_ADDR", "")
     forwarded = environ.get("HTTP_X_FORWARDED_FOR", "").strip()
     entries = len(forwarded.split(",")) if forwarded else 0  # browsers add none
@@ -3449,7 +3619,7 @@ def check_request(environ, settings):
     except TrackerError as refusal:
         yield Finding(FAILURE, f"Announces are refused: {refusal}. {seen}")
         return
-    if entries > settings.proxies and not settings.address_header:
+    if entries > settings.proxies:
         yield Finding(FAILURE, f"{fact} It is a proxy. Set proxies = {entries}. {seen}")
     else:
         advice = f"If it is a proxy, set proxies = {settings.proxies + 1}."
@@ -3458,6 +3628,9 @@ def check_request(environ, settings):
 
 def check_url(url):
     """Yield Findings about the tracker at ``url``, asked as clients ask."""
+    if url.startswith("udp://"):
+        yield from _check_udp(url)
+        return
     base = re.sub(r"(/(announce|scrape)(\.php)?)?/*(\?.*)?$", "", url)
     base = base if "://" in base else f"http://{base}"
     try:
@@ -3476,7 +3649,7 @@ def check_url(url):
             remedy = "Pass on Host and X-Forwarded-Proto, or set url."
             yield Finding(WARNING, f"{fact} {remedy}")
         yield from _check_scrapes(base)
-        yield from _check_addresses(base)
+        yield from _check_addresses(lambda *peer: _announce(base, *peer))
         # The files may be below this URL, or beside it if it ends in /app.py.
         folders = {urljoin(base, "."), f"{base}/"}
         for file in [folder + name for folder in folders for name in PRIVATE_FILES]:
@@ -3528,34 +3701,70 @@ def _check_scrapes(base):
         return
 
 
-def _check_addresses(base):
-    """Announce a peer, a second with forged headers, and a third that asks for both."""
-    swarm = os.urandom(20)  # a random one, in which all three are stopped again
-    headers = {50001: {}, 50002: FORGED_HEADERS, 50003: {}}  # by port
-
-    def announce(port, event):
-        peer = {"peer_id": f"-BBDOCT-{port:012}", "port": port, "left": 1}
-        query = urlencode({"info_hash": swarm, **peer, "event": event, "compact": 1})
-        _, body, own = _get(f"{base}/announce?{query}", headers[port])
-        reply = bencoder.bdecode(body)
-        if b"failure reason" in reply:
-            raise ValueError(reply[b"failure reason"].decode(errors="replace"))
-        endpoints = chunks(reply[b"peers"], 6) + chunks(reply.get(b"peers6", b""), 18)
-        return {int.from_bytes(end[-2:], "big"): end[:-2] for end in endpoints}, own
-
+def _check_udp(url):
+    """Connect, announce and scrape over UDP."""
     try:
-        addresses, own = [announce(port, "started") for port in headers][-1]
+        parts = urlsplit(url)
+        found = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)
+        with socket.socket(*found[0][:3]) as sock:
+            sock.settimeout(3)
+            sock.connect(found[0][4])
+
+            def ask(start, action, rest=b""):
+                head = action.to_bytes(4, "big") + os.urandom(4)
+                sock.send(start + head + rest)
+                reply = sock.recv(2048)
+                if reply[:8] != head:
+                    raise ValueError(reply[8:].decode(errors="replace"))
+                return reply[8:]
+
+            def announce(port, event, swarm):
+                peer = swarm, b"-BBDOCT-%012d" % port, 1, 3 - (event == "started"), 0
+                packet = PACKET_ANNOUNCE.pack(*peer, -1, port)
+                column = ask(connection, 1, packet[16:])[12:]
+                own = parse_address(sock.getsockname()[0])
+                return chunks(column, len(own) + 2), own
+
+            connection = ask(PROTOCOL_ID, 0)
+            yield Finding(OK, f"Clients connect to {url}, and it answers.")
+            yield from _check_addresses(announce)
+            ask(connection, 2, bytes(20))
+            yield Finding(OK, "A scrape passes.")
+    except (OSError, ValueError) as error:
+        fact = f"{url} does not answer as a tracker: {visible(str(error))}."
+        remedy = "Open its UDP port in the firewall. Containers need -p 6969:6969/udp."
+        yield Finding(FAILURE, f"{fact} {remedy}")
+
+
+def _announce(base, port, event, swarm):
+    """Announce over HTTP; return the endpoints in the reply, and our own address."""
+    headers = {"X-Forwarded-For": FORGED} if port == FORGER else {}
+    peer = {"peer_id": f"-BBDOCT-{port:012}", "port": port, "left": 1}
+    query = urlencode({"info_hash": swarm, **peer, "event": event, "compact": 1})
+    _, body, own = _get(f"{base}/announce?{query}", headers)
+    reply = bencoder.bdecode(body)
+    if b"failure reason" in reply:
+        raise ValueError(reply[b"failure reason"].decode(errors="replace"))
+    return chunks(reply[b"peers"], 6) + chunks(reply.get(b"peers6", b""), 18), own
+
+
+def _check_addresses(announce):
+    """Announce a peer, a second with a forged address, and a third to find both."""
+    swarm = os.urandom(20)  # a random one, in which all three are stopped again
+    ports = 50001, FORGER, 50003
+    try:
+        found, own = [announce(port, "started", swarm) for port in ports][-1]
     finally:
-        for port in headers:
+        for port in ports:
             with suppress(Exception):
-                announce(port, "stopped")
-    kept, forged = addresses.get(50001), addresses.get(50002)
-    believed = [n for n, ip in FORGED_HEADERS.items() if parse_address(ip) == forged]
+                announce(port, "stopped", swarm)
+    addresses = {int.from_bytes(end[-2:], "big"): end[:-2] for end in found}
+    kept, forged = addresses.get(50001), addresses.get(FORGER)
     if not (kept and forged):
         fact = "Peers do not find each other."
         yield Finding(FAILURE, f"{fact} Turn off caches, and share one data folder.")
-    elif believed:
-        fact = f"The tracker believes a client's own {believed[0]}."
+    elif forged == parse_address(FORGED):
+        fact = "The tracker believes a client's own X-Forwarded-For."
         yield Finding(FAILURE, f"{fact} Lower proxies, or set proxy_networks.")
     elif kept == own or is_private(own) and own[0] != 127 and not is_private(kept):
         # Both are the same, or this machine is in a private network behind NAT.
@@ -3672,18 +3881,18 @@ class BitBreeze(flask.Flask):
         tracker = self.tracker = Tracker(settings)
         self._listing = None, [], {}  # its state, the categories, Rows by sort order
         # Only a proxy in front knows whether the visitor came over HTTPS.
-        is_proxied = bool(settings.proxies or settings.address_header)
-        pages_app = ProxyFix(self.wsgi_app, x_for=0, x_proto=is_proxied)
+        pages_app = ProxyFix(self.wsgi_app, x_for=0, x_proto=bool(settings.proxies))
         self.wsgi_app = TrackerApp(tracker, pages_app)
         self.jinja_loader = DictLoader(TEMPLATES)
         self.jinja_env.globals.update(tracker=tracker, style=STYLE, site_url=site_url)
+        self.jinja_env.globals["announce_urls"] = announce_urls
         for template_filter in (visible, http_date, date_text, magnet_of):
             self.add_template_filter(template_filter)
         self.register_blueprint(pages)
 
     def log_exception(self, exc_info):
         """Log an error in a page, rate-limited like those of announces."""
-        self.wsgi_app.report(exc_info[1], request.path, time.time())
+        self.tracker.report(exc_info[1], request.path, time.time())
 
     def listing(self, sort, now):
         """Return (Rows of all listed torrents, sorted; their categories; Totals).
@@ -3741,10 +3950,27 @@ def post_fork(server, worker):
         signal.signal(number, lambda *_: os._exit(0))
 
 
+def post_worker_init(worker):
+    """Answer UDP in a gunicorn worker, too, if ``serve`` opened a socket for that."""
+    if fd := os.environ.get("BITBREEZE_UDP"):
+        sock = socket.socket(fileno=int(fd))
+        Thread(target=UdpServer(worker.wsgi.tracker, sock).serve, daemon=True).start()
+
+
+def on_exit(server):
+    """Remove the data of --dev when gunicorn ends."""
+    if folder := os.environ.get("BITBREEZE_DEV"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @click.group(invoke_without_command=True, context_settings={"show_default": True})
 @click.option("--host", default="", show_default="all", help="Address to listen on.")
-@click.option("--port", default=6969, type=click.IntRange(0, 65535), help="TCP port.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Port of TCP and UDP.",
+              show_default="6969; with --dev, a free one")  # fmt: skip
 @click.option("--workers", default=WORKERS, type=click.IntRange(1), help="Processes.")
+@click.option("--udp/--no-udp", default=True, help="Serve UDP beside HTTP.")
+@click.option("--verbose", is_flag=True, help="Print each announce and scrape.")
+@click.option("--dev", is_flag=True, help="Throwaway data, intervals of two seconds.")
 @click.version_option(__version__, message="BitBreeze %(version)s")
 @click.pass_context
 def cli(context, **options):
@@ -3752,60 +3978,108 @@ def cli(context, **options):
 
     Without a command, it serves with gunicorn until Ctrl-C.
     """
-    if context.invoked_subcommand != "doctor" and settings_problem:
-        raise click.ClickException(settings_problem)
     if not context.invoked_subcommand:
         context.forward(serve)
 
 
-@cli.command(params=cli.params[:3])
-def serve(host, port, workers):
+@cli.command("udp", params=cli.params[:3])
+@click.pass_context
+def serve_udp(context, **options):
+    """Serve UDP alone, beside a server of HTTP that has the same data folder."""
+    context.invoke(serve, **options, http=False)
+
+
+@cli.command(params=cli.params[:6])
+def serve(host, port, workers, udp=True, verbose=False, dev=False, http=True):
     """Serve with gunicorn until Ctrl-C (the default command)."""
-    # 1. Report in one sentence what would stop gunicorn.
-    store = app.tracker.store
-    task, advice = f"write to {store.folder}", "Set TRACKER_DATA to another folder."
-    try:
-        store.probe()
-        task, advice = f"listen on port {port}", "Choose another --port or --host."
-        dual = host in ("", "::") and socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if dual or ":" in host else socket.AF_INET
-        server = socket.create_server((host, port), family=family, dualstack_ipv6=dual)
-    except OSError as error:
-        reason = error.strerror.partition(" (")[0]  # Python appends the address
-        raise click.ClickException(f"Cannot {task}: {reason}. {advice}") from None
-    server.set_inheritable(True)
+    # 1. Open the sockets, and tell the workers by their environment what to do.
+    port = (0 if dev else 6969) if port is None else port
+    server, packets = _open_sockets(host, port, http, udp)
+    port = (server or packets).getsockname()[1]
+    if udp:
+        os.environ["BITBREEZE_UDP"] = str(packets.fileno())
+        os.environ["TRACKER_UDP_PORT"] = str(app.tracker.settings.udp_port or port)
+    if verbose or dev:
+        os.environ["TRACKER_VERBOSE"] = "yes"
+    if dev:
+        workers, folder = 1, mkdtemp(prefix="bitbreeze-")
+        seconds = {"TRACKER_INTERVAL": "2", "TRACKER_MIN_INTERVAL": "1"}
+        os.environ.update(seconds, TRACKER_PEER_TTL="4", TRACKER_DEV="yes")
+        os.environ.update(TRACKER_DATA=folder, BITBREEZE_DEV=folder)
+    tracker = create_app().tracker
+    folder = tracker.store.folder
+    with _reported(f"write to {folder}", "Set TRACKER_DATA to another folder."):
+        tracker.store.probe()
     # 2. Greet the operator.
-    name = f"[{host}]" if ":" in host else host or "localhost"
-    port = server.getsockname()[1]
-    if not host:  # this sends nothing, but tells which address connections come from
-        with suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
-            probe.connect(("192.0.2.1", 9))
-            name = probe.getsockname()[0]
-    catalogue = app.tracker.catalogue
-    catalogue.refresh(int(time.time()))
-    tracked = catalogue.summary()
-    if skipped := len(catalogue.skipped) + len(catalogue.problems):
-        tracked += f"; {skipped} files or lines are skipped: see app.py doctor"
-    greeting = f"""\
-BitBreeze serves this tracker until Ctrl-C:
-  announce URL  http://{name}:{port}/announce
-  front page    http://{name}:{port}/
-  peers are in  {store.folder}
-  it tracks     {tracked}"""
-    click.echo(greeting, err=True)
+    click.echo(
+        _greeting(tracker, host, port, ["http"] * http + ["udp"] * udp), err=True
+    )
     # 3. Allow as many open files as the system does: the store keeps swarm files open.
     with suppress(OSError, ValueError):  # macOS refuses RLIM_INFINITY
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     # 4. Become gunicorn. A gevent worker serves others while it waits for a client.
+    #    Without HTTP, gunicorn listens where no client asks, and the workers are plain.
+    bind, kind = f"unix:{folder}/udp.socket", "sync"
+    if http:
+        bind, kind = f"fd://{server.fileno()}", "gevent"
     os.execv(sys.executable, [
         sys.executable, "-m", "gunicorn", f"{Path(__file__).stem}:app",
-        "--chdir", str(HERE), "--config", os.path.abspath(__file__),  # for post_fork
-        "--bind", f"fd://{server.detach()}",
-        "--worker-class", "gevent", "--workers", str(workers),
+        "--chdir", str(HERE), "--config", os.path.abspath(__file__),  # for the hooks
+        "--bind", bind, "--worker-class", kind, "--workers", str(workers),
         "--limit-request-line", "8190",  # Transmission scrapes in up to 4,300 bytes
         "--no-control-socket", "--log-level", "warning",
     ])  # fmt: skip
+
+
+def _open_sockets(host, port, http, udp):
+    """Return a TCP socket and a UDP socket with the same port number, or None."""
+    server = packets = None
+    advice = "Choose another --port or --host"
+    if http:
+        with _reported(f"listen on port {port}", f"{advice}."):
+            server = bound_socket(socket.SOCK_STREAM, host, port)
+        port = server.getsockname()[1]
+    if udp:
+        advice += ", or --no-udp." if http else "."
+        with _reported(f"listen on UDP port {port}", advice):
+            packets = bound_socket(socket.SOCK_DGRAM, host, port)
+    return server, packets
+
+
+def _greeting(tracker, host, port, transports):
+    """Return the lines that tell the operator about the tracker."""
+    name = f"[{host}]" if ":" in host else host or "localhost"
+    if not host:  # this sends nothing, but tells which address connections come from
+        with suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))
+            name = probe.getsockname()[0]
+    tracker.catalogue.refresh(int(time.time()))
+    tracked = tracker.catalogue.summary()
+    if skipped := len(tracker.catalogue.skipped) + len(tracker.catalogue.problems):
+        tracked += f"; {skipped} files or lines are skipped: see app.py doctor"
+    urls = [f"  announce URL  {each}://{name}:{port}/announce" for each in transports]
+    front = [f"  front page    http://{name}:{port}/"] * ("http" in transports)
+    last = f"  peers are in  {tracker.store.folder}", f"  it tracks     {tracked}"
+    title = "BitBreeze serves this tracker until Ctrl-C:"
+    return "\n".join([title, *urls, *front, *last])
+
+
+@contextmanager
+def _reported(task, advice):
+    """Report an OSError in one sentence."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror.partition(" (")[0]  # Python appends the address
+        raise click.ClickException(f"Cannot {task}: {reason}. {advice}") from None
+
+
+@cli.command()
+@click.confirmation_option(prompt="Forget all peers and snatches?")
+def reset():
+    """Forget all peers and snatches. The tracker may be running."""
+    app.tracker.store.reset(int(time.time()))
 
 
 @cli.command()
@@ -3817,9 +4091,7 @@ def doctor(url):
     """
     log.setLevel(logging.CRITICAL)  # the findings say the same
     failures = 0
-    findings = [Finding(FAILURE, f"{settings_problem}.")] if settings_problem else []
-    checks = check_url(url) if url else check_host(app.tracker, time.time())
-    for finding in chain(findings, checks):
+    for finding in check_url(url) if url else check_host(app.tracker, time.time()):
         click.echo(f"{finding.level:8} {finding.text}")
         failures += finding.level == FAILURE
     if not url:
@@ -3829,35 +4101,24 @@ def doctor(url):
 
 @cli.command()
 @click.argument("path", metavar="[FILE]", default="-")
-@click.option("--force", is_flag=True, help="Overwrite FILE.")
-def export(path, force):
+def export(path):
     """Write all peers and snatches to FILE, for import.
 
     Without FILE, write to standard output. The tracker may be running.
     """
     folder = app.tracker.store.folder
-    _check_user(folder)
     if not os.path.isdir(folder):
         raise click.ClickException(f"There is no {folder}. Set data as for the server.")
-    if path != "-" and os.path.lexists(path) and not force:
-        raise click.ClickException(f"{path} exists. Use --force to overwrite it.")
     lines = export_lines(app.tracker.store, time.time)
     os.umask(0o077)  # the addresses of peers are in it
-    new = f"{path}.{os.getpid()}.new" if path != "-" else path
     try:
-        with click.open_file(new, "x") as file, _progress(lines, "Export") as shown:
+        with click.open_file(path, "x") as file, _progress(lines, "Export") as shown:
             for line in shown:
                 file.write(f"{line}\n")
-            file.flush()
-        if new != path:
-            os.replace(new, path)
     except BrokenPipeError:
         raise  # click handles it quietly, as for "export | head"
     except OSError as error:
-        raise click.ClickException(f"Nothing is exported: {error}.") from None
-    finally:
-        if new != path and os.path.lexists(new):
-            os.unlink(new)
+        raise click.ClickException(f"The export failed: {error}.") from None
     end = json.loads(line)
     click.echo(f"Exported {end['swarms']} swarms, {end['peers']} peers.", err=True)
 
@@ -3870,10 +4131,12 @@ def import_(path):
     The tracker may be running. To import a file twice is the same as once.
     """
     done, failure = Counter(), ""
-    _check_user(app.tracker.store.folder)
     try:
         with click.open_file(path, "rb") as file:
             with _progress(read_export(file), "Import") as entries:
+                # The server could not use files of root.
+                with suppress(FileNotFoundError, PermissionError):
+                    os.seteuid(os.stat(app.tracker.store.folder).st_uid)
                 merge_export(entries, app.tracker.store, time.time, done)
     except (OSError, ValueError, KeyboardInterrupt) as error:
         failure = str(error) or "Ctrl-C"
@@ -3890,25 +4153,12 @@ def _progress(items, label):
     return click.progressbar(items, None, label, show_pos=True, file=file)
 
 
-def _check_user(folder):
-    """Raise ClickException for root, whose files the server could not use."""
-    with suppress(FileNotFoundError):
-        owner = os.stat(folder).st_uid
-        if os.geteuid() == 0 != owner:
-            text = f"The server could not use what root writes to {folder}."
-            raise click.ClickException(f"{text} Run this with sudo -u '#{owner}'.")
-
-
-settings_problem = ""
 try:
     app = application = create_app()  # hosts import it by one of these two names
 except SettingsError as error:
     if __name__ != "__main__":
         raise
-    if is_cgi:
-        sys.exit(f"app.py: {error}")
-    settings_problem = str(error)
-    app = create_app(isolated=True)
+    sys.exit(f"app.py: {error}")
 # Freeze the objects made so far. Otherwise each garbage collection writes to their
 # headers, and every forked worker ends up with its own copy of those pages.
 gc.freeze()

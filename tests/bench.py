@@ -10,6 +10,7 @@ folder. --quick takes a few minutes, but its figures are too rough to quote.
     uwsgi     CPU time per announce under uWSGI, beside qBittorrent's tracker,
               opentracker and an empty WSGI application
     gunicorn  the same under gunicorn with gevent workers, beside an empty application
+    udp       CPU time per announce over UDP, beside HTTP under uWSGI and opentracker
     inside    the stages of an announce within the process
     flat      CPU time per announce from 1,000 to 1,000,000 peers, and in one swarm from
               60 to 200,000 peers; memory of a worker
@@ -39,6 +40,7 @@ import shutil
 import signal
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -67,6 +69,7 @@ UWSGI = (
 )
 GUNICORN = "gunicorn app:app --chdir {app} -b 127.0.0.1:{port} -w 2"
 GEVENT = f"{GUNICORN} -k gevent"
+OVER_UDP = "python {app}/app.py udp --host 127.0.0.1 --port {port} --workers 1"
 OTHERS = {
     "opentracker": "-i 127.0.0.1 -p {port} -P {port} -d {folder}/.. -w allow.txt",
     "qbittorrent-nox": "--profile={folder}",
@@ -319,6 +322,86 @@ def uwsgi(run):
     compare_servers("uWSGI, 2 processes", servers, workload, run, limits)
 
 
+def udp(run):
+    """Print CPU time per announce over UDP, beside HTTP and opentracker."""
+    workload, names = Workload(run.folder, file="allow.txt"), ["bitbreeze"]
+    if (
+        "before" in run.apps
+        and "def serve_udp" in (run.apps["before"] / "app.py").read_text()
+    ):
+        names.append("before")
+    servers = {n: Server(OVER_UDP, run.folder / n, run.apps[n]) for n in names}
+    if shutil.which("opentracker"):
+        options = OTHERS["opentracker"]
+        servers["opentracker"] = Server(f"opentracker {options}", run.folder / "other")
+    http = Server(UWSGI, run.folder / "http", run.apps["bitbreeze"])
+    script, environ = workload.for_wrk
+    with ExitStack() as stack:
+        measures = {}
+        for name, server in servers.items():
+            say(f"{name}: announcing every peer")
+            client = UdpClient(stack.enter_context(server).port, workload)
+            client.announce(range(workload.swarms * workload.peers))
+            measures[name] = partial(client.cost, server, run.seconds)
+        stack.enter_context(http).wait(workload)
+        http.wrk(3600, script, environ | {"WARM": "1"})
+        measures["HTTP, uWSGI"] = partial(http.cost, run.seconds, script, environ)
+        figures = take_turns(run.rounds, measures)
+    limits = {"HTTP, uWSGI": "at most 0.65", "opentracker": "at most 7"}
+    heading = "CPU µs per announce", "announces/s"
+    print_beside("UDP, one process", figures, limits, heading)
+
+
+class UdpClient:
+    """Announces a Workload over UDP, with 32 packets on their way."""
+
+    def __init__(self, port, workload):
+        """Connect until the tracker answers."""
+        self.sock = socket.socket(type=socket.SOCK_DGRAM)
+        self.sock.settimeout(0.2)
+        self.sock.connect(("127.0.0.1", port))
+        deadline = time.monotonic() + 20
+        while True:
+            with suppress(OSError):
+                self.sock.send(bytes.fromhex("000004172710198000000000") + b"abcd")
+                self.id = self.sock.recv(99)[8:]
+                break
+            if time.monotonic() > deadline:
+                sys.exit(f"no tracker answers UDP on port {port}")
+            time.sleep(0.05)
+        self.packets = [
+            hashlib.sha1(
+                bencoder.bencode(workload.infos[number % workload.swarms])
+            ).digest()
+            + b"-TR4040-%012d" % number
+            + struct.pack(
+                ">QQQIIIiH",
+                *(0, 1000 if (member := number // workload.swarms) % 3 else 0, 0, 0),
+                *(0, 0x2C4DEC5F, 50, 1024 + member * 7 % PEER_PORTS),
+            )
+            for number in range(workload.swarms * workload.peers)
+        ]
+
+    def announce(self, numbers):
+        """Announce peers by their numbers; return how many got a reply."""
+        head, answered, missing = self.id + bytes((0, 0, 0, 1)) + b"abcd", 0, 0
+        for number in numbers:
+            self.sock.send(head + self.packets[number])
+            missing += 1
+            while missing >= 32:
+                with suppress(TimeoutError):  # a packet was lost
+                    answered += self.sock.recv(2048)[3] == 1
+                missing -= 1
+        return answered
+
+    def cost(self, server, seconds):
+        """Return CPU µs per announce of random peers, and announces per second."""
+        before, start, answered = server.cpu(), time.monotonic(), 0
+        while (taken := time.monotonic() - start) < seconds:
+            answered += self.announce(random.choices(range(len(self.packets)), k=2000))
+        return 1e6 * (server.cpu() - before) / answered, answered / taken
+
+
 def gunicorn(run):
     """Print CPU time per announce under gunicorn, beside an empty application."""
     servers = {n: Server(GEVENT, run.folder / n, app) for n, app in run.apps.items()}
@@ -389,7 +472,9 @@ def stages_of(app, folder, workload, clock):
     if b"failure" in body:
         sys.exit(f"{app}/app.py refuses announces: {body}")
     parsed = [parse(environ, settings) for environ in environs]
-    results = [(each, *tracker.announce(each, clock.now)) for each in parsed]
+    results = [(each, tracker.announce(each, clock.now)) for each in parsed]
+    if not hasattr(module, "UdpServer"):  # an earlier reply took the answer in parts
+        results = [(each, *answer) for each, answer in results]
     stages = {
         "announce": (lambda environ, now: wsgi(environ, start_response), environs),
         "parse": (lambda environ, now: parse(environ, settings), environs),
@@ -527,7 +612,8 @@ def cgi_announce(program, folder, workload):
     return (after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime,)
 
 
-PARTS = {part.__name__: part for part in (uwsgi, gunicorn, inside, flat, pages, start)}
+_PARTS = uwsgi, gunicorn, udp, inside, flat, pages, start
+PARTS = {part.__name__: part for part in _PARTS}
 
 
 def main():

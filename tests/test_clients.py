@@ -10,16 +10,31 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
-from contextlib import contextmanager
+import sys
+from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+import bencoder
 import libtorrent
 import pytest
 from makers import MAKERS, PAYLOADS
-from servers import announce, free_port, gunicorn, poll, scrape, serving, uwsgi
+from servers import (
+    ROOT,
+    announce,
+    free_port,
+    gunicorn,
+    has_ipv6,
+    poll,
+    scrape,
+    serving,
+    uwsgi,
+)
 
 PAYLOAD = random.Random(1).randbytes(600_000)
 CHECKSUM = hashlib.sha256(PAYLOAD).hexdigest()
@@ -89,6 +104,7 @@ def seed(path, folder, port):
         signal.pause()
 
 
+@pytest.mark.parametrize("server", [gunicorn], ids=["gunicorn"], indirect=True)
 def test_aria2_downloads_from_a_magnet_link(server, tmp_path):
     program = aria2()
     info = make_torrent(tmp_path / "seed", server.url, KINDS["v1"])
@@ -130,16 +146,17 @@ def aria2():
 
 
 @contextmanager
-def session(port=None):
+def session(port=None, address="127.0.0.1"):
     """Yield a libtorrent session that finds peers by trackers only."""
     settings = {
-        "listen_interfaces": f"127.0.0.1:{port or free_port()}",
+        "listen_interfaces": f"{address}:{port or free_port()}",
         "enable_dht": False,
         "enable_lsd": False,
         "enable_upnp": False,
         "enable_natpmp": False,
         "allow_multiple_connections_per_ip": True,
         "stop_tracker_timeout": 1,
+        "unchoke_interval": 1,  # Transmission waits for that
         "alert_mask": 0,
     }
     session = libtorrent.session(settings)
@@ -256,3 +273,128 @@ def fetch(url):
     except HTTPError as error:
         assert error.code == 404
         return b""
+
+
+# Over UDP
+
+
+@pytest.fixture
+def app(tmp_path):
+    """python app.py, which serves HTTP and UDP on the same port.
+
+    libtorrent keeps a connection id for a minute, whichever port the tracker has. So
+    all trackers here have the same key.
+    """
+    port = free_port()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/udp.key").write_bytes(b"k" * 32)
+    command = [sys.executable, ROOT / "app.py", "--port", str(port), "--verbose"]
+    with serving(command, port, {"TRACKER_DATA": str(tmp_path / "data")}) as server:
+        yield server
+        assert "Traceback" not in server.log()
+
+
+def own_address():
+    """Return an address of this machine: Transmission ignores peers on loopback."""
+    with suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # this sends nothing
+        return probe.getsockname()[0]
+    pytest.skip("NOT TESTED is a client that needs another address than 127.0.0.1")
+
+
+def program(name):
+    """Return the path of a client; skip without it, or fail where CI is set."""
+    if path := shutil.which(name):
+        return path
+    reason = f"{name} IS NOT INSTALLED: its download over UDP is NOT tested"
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+
+
+def aria2_command(folder, port, torrent):
+    # Without DHT, aria2 has no socket for UDP trackers.
+    options = [each for each in ARIA2_OPTIONS if each != "--enable-dht=false"]
+    options += [f"--listen-port={port}", f"--dht-listen-port={port}"]
+    return [program("aria2c"), *options, "-d", folder, torrent]
+
+
+def transmission_command(folder, port, torrent):
+    Path(f"{folder}-settings").mkdir()
+    settings = {"utp-enabled": False, "dht-enabled": False, "pex-enabled": False}
+    Path(f"{folder}-settings/settings.json").write_text(json.dumps(settings))
+    options = ["-g", f"{folder}-settings", "-w", folder, "-p", str(port), "-M"]
+    return [program("transmission-cli"), *options, torrent]
+
+
+QBITTORRENT_SETTINGS = r"""
+[LegalNotice]
+Accepted=true
+[BitTorrent]
+Session\DHTEnabled=false
+Session\LSDEnabled=false
+Session\PeXEnabled=false
+Session\Port={port}
+[Preferences]
+WebUI\Enabled=false
+"""
+
+
+def qbittorrent_command(folder, port, torrent):
+    settings = folder.with_name("profile") / "qBittorrent/config/qBittorrent.conf"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(QBITTORRENT_SETTINGS.format(port=port))
+    options = [f"--profile={folder.with_name('profile')}", f"--save-path={folder}"]
+    return [program("qbittorrent-nox"), *options, torrent]
+
+
+COMMANDS = {
+    "aria2": aria2_command,
+    "Transmission": transmission_command,
+    "qBittorrent": qbittorrent_command,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [*((name, "udp") for name in COMMANDS), ("aria2", "http")],
+)
+def test_a_client_downloads_over_udp(app, tmp_path, name, scheme):
+    """From libtorrent, which announces over UDP or over HTTP."""
+    address = own_address()
+    over_udp = f"udp://{address}:{app.port}"
+    url = over_udp if scheme == "udp" else f"http://{address}:{app.port}"
+    info = make_torrent(tmp_path / "seed", url, KINDS["v1"])
+    metainfo = {b"announce": f"{over_udp}/announce".encode()}
+    metainfo[b"info"] = bencoder.bdecode(info.info_section())
+    (tmp_path / "x.torrent").write_bytes(bencoder.bencode(metainfo))
+    (tmp_path / "leech").mkdir()
+    command = COMMANDS[name](tmp_path / "leech", free_port(), tmp_path / "x.torrent")
+    with session(address=address) as seeding, open(tmp_path / "log", "wb") as log:
+        add(seeding, info, tmp_path / "seed")
+        poll(lambda: seeded(app, info), 20, "the seeder's announce")
+        client = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            done = partial(is_whole, tmp_path / "leech/payload")
+            poll(done, 60, f"the download, {(tmp_path / 'log').read_bytes()}")
+            poll(lambda: f" udp {address} {name} " in app.log(), 20, "an announce")
+        finally:
+            client.kill()
+            client.wait()
+
+
+def is_whole(path):
+    return path.exists() and path.read_bytes() == PAYLOAD
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", *["::1"] * has_ipv6()])
+def test_libtorrent_downloads_over_udp(app, tmp_path, address):
+    host = f"[{address}]" if ":" in address else address
+    info = make_torrent(tmp_path / "seed", f"udp://{host}:{app.port}", KINDS["hybrid"])
+    (tmp_path / "leech").mkdir()
+    with session(address=host) as seeding, session(address=host) as leeching:
+        add(seeding, info, tmp_path / "seed")
+        poll(lambda: seeded(app, info), 20, "the seeder's announce")
+        leecher = add(leeching, info, tmp_path / "leech")
+        poll(lambda: leecher.status().is_seeding, 30, "the download")
+        poll(lambda: snatched(app, info), 20, "the news that it is complete")
+    announces = [line for line in app.log().splitlines() if " libtorrent " in line]
+    assert len(announces) >= 4 and all(" udp " in line for line in announces)

@@ -331,12 +331,16 @@ def test_a_cgi_host_gives_out_no_files(name):
         assert any((site.home / "tracker-data").iterdir())
 
 
-def test_the_unit_is_one_that_systemd_takes(tmp_path):
+@pytest.mark.parametrize("name", ["tracker", "tracker-udp"])
+def test_the_units_are_taken_by_systemd(tmp_path, name):
     if not shutil.which("systemd-analyze"):
         pytest.skip("systemd IS NOT HERE: only test_host runs the unit's command")
-    changes = {"/home/you/tracker/.venv/bin/uwsgi": sys.executable}
-    unit = tmp_path / "tracker.service"
-    unit.write_text(recipe("/etc/systemd/system", changes))
+    programs = (
+        f"/home/you/tracker/.venv/bin/{'uwsgi' if name == 'tracker' else 'python'}"
+    )
+    unit = tmp_path / f"{name}.service"
+    title = f"/etc/systemd/system/{name}.service"
+    unit.write_text(recipe(title, {programs: sys.executable}))
     done = subprocess.run(
         ["systemd-analyze", "verify", unit], capture_output=True, text=True
     )

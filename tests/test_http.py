@@ -42,7 +42,7 @@ def test_announce_of_libtorrent():
     assert announce.peer_id == b"-LT2110-abc\xff '!*().~"
     assert announce.address == bytes((192, 0, 2, 1))
     assert announce[3:7] == (6881, 16384, "started", 200)
-    assert announce[8:] == (True, True)
+    assert announce[8:] == (True, True, "")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_names_and_numbers_may_be_escaped(change):
     announce = read(environ(query))
     assert announce.info_hash == b"%A" + b"a" * 18 and announce.peer_id[-1:] == b"7"
     assert announce[3:7] == (6881, 7, "completed", 5)
-    assert announce[8:] == (False, True)
+    assert announce[8:] == (False, True, "")
     assert read(environ(query.replace(*change))) == announce
 
 
@@ -216,7 +216,7 @@ ALL_SETTINGS = [
     make_settings(),
     make_settings(proxies=1),
     make_settings(proxies=3, proxy_networks="10.0.0.0/8, unix, ::/1"),
-    make_settings(address_header="X-Real-IP", proxy_networks="0.0.0.0/1"),
+    make_settings(proxies=2, proxy_networks="0.0.0.0/1"),
 ]
 
 
@@ -268,7 +268,7 @@ def announce(address=V4, **fields):
 
 
 def reply(announce, peers=bitbreeze.NO_PEERS, settings=SETTINGS):
-    packed = bitbreeze.announce_reply(announce, COUNTS, peers, 1050, settings)
+    packed = bitbreeze.announce_reply(announce, (COUNTS, peers, 1050), settings)
     decoded = bencoder.bdecode(packed)
     assert bencoder.bencode(decoded) == packed  # canonical: sorted keys, nothing behind
     return decoded
@@ -354,7 +354,7 @@ def test_a_refusal_that_may_soon_be_over_has_short_intervals(
 
 def test_scrape():
     files = {b"h" * 20: COUNTS, b"i" * 20: bitbreeze.Counts(0, 0, 0, 0)}
-    decoded = bencoder.bdecode(bitbreeze.scrape_reply(files, SETTINGS))
+    decoded = bencoder.bdecode(bitbreeze.scrape_reply([], files, SETTINGS))
     assert decoded[b"flags"] == {b"min_request_interval": 200}
     assert decoded[b"files"] == {
         b"h" * 20: {

@@ -125,16 +125,6 @@ def test_list_is_kept_until_it_changes(app):
     assert numbers(app.listing("size", NOW)[0]) == [2, 3, 4, 5]
 
 
-def test_headings_sort_and_reverse():
-    by_name = list(ListQuery("a&b", "x/y", "name", page=2).headings())
-    found = "?q=a%26b&category=x%2Fy"
-    assert by_name[0] == ("Name", f"{found}&sort=-name", "ascending")
-    assert by_name[1] == ("Size", f"{found}&sort=-size", "")
-    assert by_name[-1] == ("Added", found, "")
-    by_age = list(ListQuery().headings())  # the youngest first
-    assert by_age[-1] == ("Added", "?sort=added", "descending")
-
-
 FOLDERS = {
     "many below one": lambda number: f"a/{number}",
     "deep": lambda number: "a/" + "x/" * (number % 1000) + "x",

@@ -1,10 +1,12 @@
 """Pages: what people see of the tracker and its torrents."""
 
+import json
 import os
 import re
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from urllib.parse import unquote_to_bytes
+from urllib.parse import quote, unquote_to_bytes
 
 import bencoder
 import libtorrent
@@ -482,3 +484,56 @@ def test_urls_are_ascii(site, host, mount, url):
     path = url.split("/", 3)[3]
     assert f'href="/{path}torrent/{one}"' in page
     assert get("/announce", "")[1]["Location"] == f"/{path}"
+
+
+# The swarm, for the operator
+
+
+def test_a_swarm_is_shown_to_the_operator(tracker):
+    client = tracker(operator_key="secret", track="any")
+    client.announce(1, left=0, peer_id="-qB5100-abcdefghijkl")
+    client.announce(1, left=0, peer_id="-qB5100-abcdefghijkl", address="2001:db8::1")
+    path = f"/swarm/{(b'h' * 20).hex()}.json"
+    for query in ("", "key=", "key=wrong", "key=secre"):
+        assert client.get(path, query)[0] == "404 NOT FOUND"
+    status, headers, body = client.get(path, "key=secret")
+    swarm = json.loads(body)
+    assert (status, headers["Cache-Control"]) == ("200 OK", "no-store")
+    (peer,) = swarm["peers"]
+    assert abs(peer.pop("seen") - time.time()) < 60
+    assert peer == {
+        "peer_id": b"-qB5100-abcdefghijkl".hex(),
+        "client": "qBittorrent 5.1.0",
+        "endpoints": ["192.0.2.1 1001", "2001:db8::1 1001"],
+        "seeder": True,
+    }
+    other = json.loads(client.get(f"/swarm/{'0' * 40}.json", "key=secret")[2])
+    assert other == {"snatches": 0, "peers": []}
+    assert client.get("/swarm/abc.json", "key=secret")[0] == "404 NOT FOUND"
+    assert tracker(dev=True, track="any").get(path)[0] == "200 OK"
+    assert tracker(track="any").get(path, "key=")[0] == "404 NOT FOUND"
+
+
+@pytest.mark.parametrize(
+    ("host", "udp"),
+    [
+        ("tracker.test", "udp://tracker.test:7000/announce"),
+        ("tracker.test:8080", "udp://tracker.test:7000/announce"),
+        ("[2001:db8::1]:80", "udp://[2001:db8::1]:7000/announce"),
+    ],
+)
+def test_udp_is_named_when_it_is_served(tracker, tmp_path, host, udp):
+    put(tmp_path / "torrents", 1, "one", {}, {})
+    client = tracker(udp_port=7000)
+    http = f"http://{host.removesuffix(':80')}/announce"
+    one = first_id(client)
+    page = text(client.get("/", HTTP_HOST=host))
+    assert re.findall("<code>(.*?)</code>", page) == [http, udp]
+    trackers = f"&tr={quote(http, '')}&tr={quote(udp, '')}"
+    for path in (f"/torrent/{one}.json", "/torrents.json"):
+        answer = json.loads(client.get(path, HTTP_HOST=host)[2])
+        torrent = answer.get("torrents", [answer])[0]
+        assert torrent["magnet"].endswith(trackers)
+    made = bencoder.bdecode(client.get(f"/torrent/{one}.torrent", HTTP_HOST=host)[2])
+    assert made[b"announce"] == http.encode()
+    assert made[b"announce-list"][0] == [http.encode(), udp.encode()]

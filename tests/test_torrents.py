@@ -174,9 +174,9 @@ def check_torrent(data):
     assert torrent.size == sum(file["size"] for file in details["files"]) >= 0
     assert {len(i) for i in torrent.info_hashes()} == {20}
     assert torrent.name.encode() and 0 <= (details["created"] or 0) < 2**33
-    link = bitbreeze.magnet(torrent, OURS.decode())
+    link = bitbreeze.magnet(torrent, [OURS.decode()])
     assert link.isascii() and not re.search(r'[\s<>"]', link)
-    made = bitbreeze.read_metainfo(bitbreeze.with_announce(metainfo, OURS.decode()))
+    made = bitbreeze.read_metainfo(bitbreeze.with_announce(metainfo, [OURS.decode()]))
     assert (made.info_bytes, made.outer[b"announce"]) == (metainfo.info_bytes, OURS)
 
 
@@ -403,7 +403,7 @@ def test_torrents_are_listed_as_libtorrent_loads_them(data):
     assert listed(data) == loaded(data)
     if loaded(data):
         metainfo = bitbreeze.read_metainfo(data)
-        download = bitbreeze.with_announce(metainfo, OURS.decode())
+        download = bitbreeze.with_announce(metainfo, [OURS.decode()])
         assert loaded(download) == loaded(data)
         assert libtorrent.load_torrent_buffer(download).trackers[0] == OURS.decode()
 
@@ -455,7 +455,7 @@ def test_our_announce_url_comes_first(before, after):
         info = info_of(b"a", private=private)
         metainfo = {**before, b"info": info, b"url-list": [b"kept"]}
         metainfo = metainfo_of(metainfo)
-        made = bencoder.bdecode(bitbreeze.with_announce(metainfo, OURS.decode()))
+        made = bencoder.bdecode(bitbreeze.with_announce(metainfo, [OURS.decode()]))
         assert made.pop(b"announce") == OURS
         assert made.pop(b"announce-list", None) == (None if private else after)
         assert made == {b"info": info, b"url-list": [b"kept"]}
@@ -467,7 +467,7 @@ def test_magnet_links_are_those_that_libtorrent_reads(kind, name):
     hashes = {"v1": (b"1" * 20, b""), "v2": (b"", b"2" * 32)}.get(kind)
     v1, v2 = hashes or (b"1" * 20, b"2" * 32)
     torrent = bitbreeze.Torrent("", name, 12345, 1, v1.hex(), v2.hex(), NOW, False)
-    link = bitbreeze.magnet(torrent, "http://[::1]:6969/x/announce")
+    link = bitbreeze.magnet(torrent, ["http://[::1]:6969/x/announce"])
     read = libtorrent.parse_magnet_uri(link)
     assert (read.name, read.trackers) == (name, ["http://[::1]:6969/x/announce"])
     assert read.info_hashes.v1.to_bytes() == (v1 or bytes(20))
