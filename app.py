@@ -884,8 +884,7 @@ def url_data(options):
 
 def parse_packet_scrape(raw, settings):
     """Return the info_hashes in (packet of at least 36 bytes, address)."""
-    packet, _ = raw
-    return [h for h in chunks(packet[16:], 20) if len(h) == 20][:MOST_SCRAPED]
+    return [h for h in chunks(raw[0][16:], 20) if len(h) == 20][:MOST_SCRAPED]
 
 
 def packet_announce_reply(announce, answer, settings):
@@ -927,9 +926,8 @@ class UdpServer:
             option = socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO
         sock.setsockopt(*option, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-        folder = tracker.store.folder
-        os.makedirs(folder, 0o700, exist_ok=True)
-        fd = os.open(f"{folder}/udp.key", os.O_RDWR | os.O_CREAT, 0o600)
+        os.makedirs(tracker.store.folder, 0o700, exist_ok=True)
+        fd = os.open(f"{tracker.store.folder}/udp.key", os.O_RDWR | os.O_CREAT, 0o600)
         with open(fd, "r+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not os.fstat(fd).st_size:
@@ -958,10 +956,13 @@ class UdpServer:
     def serve(self):
         """Answer packets until ``close``, each from the address that it was sent to."""
         while not self._is_closed:
-            with suppress(OSError):  # there may be no way to a forged address
+            try:
                 packet, info, _, sender = self.sock.recvmsg(2048, 64)
                 if reply := self.answer(packet, sender[0], int(time.time())):
-                    self.sock.sendmsg([reply], info, 0, sender)
+                    with suppress(OSError):  # there may be no way to a forged address
+                        self.sock.sendmsg([reply], info, 0, sender)
+            except Exception as fault:  # the next packet is answered all the same
+                self.tracker.report(fault, "udp", time.time())
             if random() < 0.1:
                 time.sleep(0)  # under gevent, HTTP is answered meanwhile
         self.sock.close()
@@ -3429,9 +3430,8 @@ def torrents_json():
     query, site, app = ListQuery.parse(request.args), site_url(), current_app
     rows = query.select(app.listing(query.sort, int(time.time()))[0])
     urls = {ANY_SITE: json.dumps(site)[1:-1]}
-    for pair in zip(announce_urls(ANY_SITE), announce_urls(site), strict=True):
-        marker, url = (quote(each, "") for each in pair)
-        urls[marker] = url
+    pairs = zip(announce_urls(ANY_SITE), announce_urls(site), strict=True)
+    urls |= {quote(marker, ""): quote(url, "") for marker, url in pairs}
     response = app.response_class(mimetype="application/json", headers=CORS_HEADERS)
     state = repr((app.listing_state, query, site)).encode(errors="replace")
     response.set_etag(sha1(state).hexdigest())
@@ -3481,9 +3481,8 @@ def torrent_json(info_hash):
 def stats():
     """Send the totals of the front page, and of each hour of the last month."""
     tracker, now = current_app.tracker, int(time.time())
-    totals, history = tracker.snapshot(now)[0], tracker.stats.history(now)
-    numbers = {"version": __version__, **totals._asdict(), "history": history}
-    return numbers, CORS_HEADERS
+    numbers = {"version": __version__, **tracker.snapshot(now)[0]._asdict()}
+    return numbers | {"history": tracker.stats.history(now)}, CORS_HEADERS
 
 
 METRICS = dict.fromkeys(Totals._fields, "gauge") | {
@@ -3721,15 +3720,13 @@ def _check_udp(url):
             def announce(port, event, swarm):
                 peer = swarm, b"-BBDOCT-%012d" % port, 1, 3 - (event == "started"), 0
                 packet = PACKET_ANNOUNCE.pack(*peer, -1, port)
-                column = ask(connection, 1, packet[16:])[12:]
                 own = parse_address(sock.getsockname()[0])
-                return chunks(column, len(own) + 2), own
+                return chunks(ask(connection, 1, packet[16:])[12:], len(own) + 2), own
 
             connection = ask(PROTOCOL_ID, 0)
-            yield Finding(OK, f"Clients connect to {url}, and it answers.")
-            yield from _check_addresses(announce)
             ask(connection, 2, bytes(20))
-            yield Finding(OK, "A scrape passes.")
+            yield Finding(OK, f"Clients connect to {url} and scrape, and it answers.")
+            yield from _check_addresses(announce)
     except (OSError, ValueError) as error:
         fact = f"{url} does not answer as a tracker: {visible(str(error))}."
         remedy = "Open its UDP port in the firewall. Containers need -p 6969:6969/udp."
@@ -3890,6 +3887,11 @@ class BitBreeze(flask.Flask):
             self.add_template_filter(template_filter)
         self.register_blueprint(pages)
 
+    def serve_udp(self, fd):
+        """Answer UDP in another thread, with the file descriptor of a bound socket."""
+        server = UdpServer(self.tracker, socket.socket(fileno=fd))
+        Thread(target=server.serve, daemon=True).start()
+
     def log_exception(self, exc_info):
         """Log an error in a page, rate-limited like those of announces."""
         self.tracker.report(exc_info[1], request.path, time.time())
@@ -3953,8 +3955,7 @@ def post_fork(server, worker):
 def post_worker_init(worker):
     """Answer UDP in a gunicorn worker, too, if ``serve`` opened a socket for that."""
     if fd := os.environ.get("BITBREEZE_UDP"):
-        sock = socket.socket(fileno=int(fd))
-        Thread(target=UdpServer(worker.wsgi.tracker, sock).serve, daemon=True).start()
+        worker.wsgi.serve_udp(int(fd))  # gunicorn has this hook from a copy of app.py
 
 
 def on_exit(server):
@@ -4003,9 +4004,9 @@ def serve(host, port, workers, udp=True, verbose=False, dev=False, http=True):
         os.environ["TRACKER_VERBOSE"] = "yes"
     if dev:
         workers, folder = 1, mkdtemp(prefix="bitbreeze-")
-        seconds = {"TRACKER_INTERVAL": "2", "TRACKER_MIN_INTERVAL": "1"}
-        os.environ.update(seconds, TRACKER_PEER_TTL="4", TRACKER_DEV="yes")
-        os.environ.update(TRACKER_DATA=folder, BITBREEZE_DEV=folder)
+        os.environ.update(TRACKER_INTERVAL="2", TRACKER_MIN_INTERVAL="1")
+        os.environ.update(TRACKER_PEER_TTL="4", TRACKER_DEV="yes", TRACKER_DATA=folder)
+        os.environ["BITBREEZE_DEV"] = folder
     tracker = create_app().tracker
     folder = tracker.store.folder
     with _reported(f"write to {folder}", "Set TRACKER_DATA to another folder."):
@@ -4034,8 +4035,7 @@ def serve(host, port, workers, udp=True, verbose=False, dev=False, http=True):
 
 def _open_sockets(host, port, http, udp):
     """Return a TCP socket and a UDP socket with the same port number, or None."""
-    server = packets = None
-    advice = "Choose another --port or --host"
+    server, packets, advice = None, None, "Choose another --port or --host"
     if http:
         with _reported(f"listen on port {port}", f"{advice}."):
             server = bound_socket(socket.SOCK_STREAM, host, port)
@@ -4058,11 +4058,11 @@ def _greeting(tracker, host, port, transports):
     tracked = tracker.catalogue.summary()
     if skipped := len(tracker.catalogue.skipped) + len(tracker.catalogue.problems):
         tracked += f"; {skipped} files or lines are skipped: see app.py doctor"
-    urls = [f"  announce URL  {each}://{name}:{port}/announce" for each in transports]
-    front = [f"  front page    http://{name}:{port}/"] * ("http" in transports)
-    last = f"  peers are in  {tracker.store.folder}", f"  it tracks     {tracked}"
-    title = "BitBreeze serves this tracker until Ctrl-C:"
-    return "\n".join([title, *urls, *front, *last])
+    lines = ["BitBreeze serves this tracker until Ctrl-C:"]
+    lines += [f"  announce URL  {each}://{name}:{port}/announce" for each in transports]
+    lines += [f"  front page    http://{name}:{port}/"] * ("http" in transports)
+    lines += [f"  peers are in  {tracker.store.folder}", f"  it tracks     {tracked}"]
+    return "\n".join(lines)
 
 
 @contextmanager

@@ -71,6 +71,7 @@ def test_libtorrent_downloads_from_libtorrent(server, tmp_path, kind):
         poll(lambda: snatched(server, info), 20, "the news that it is complete")
 
 
+@pytest.mark.parametrize("server", [uwsgi], ids=["uwsgi"], indirect=True)
 def test_libtorrent_that_is_killed_and_restarted_is_one_peer(server, tmp_path):
     """It draws a new peer_id at each start, and cannot say that it stops."""
     info = make_torrent(tmp_path / "seed", server.url, KINDS["v1"])

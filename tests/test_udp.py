@@ -403,6 +403,43 @@ def test_app_serves_http_and_udp(tmp_path):
     sock.close()
 
 
+@pytest.mark.parametrize("command", [[], ["udp"]], ids=["app.py", "app.py udp"])
+def test_refusals_by_real_workers(tmp_path, command):
+    """gunicorn loads app.py twice, as its settings and as the application."""
+    port = free_port()
+    env = {"TRACKER_DATA": str(tmp_path), "TRACKER_TRACK": "listed"}
+    server = Server(app(port, command=command), port, env)
+    try:
+        poll(lambda: "it tracks" in server.log(), 20, "the greeting")
+        peer = Peer("127.0.0.1", port)
+        for number in range(20):
+            transaction = b"%04d" % number
+            peer.sock.send(packet(peer.id, 1, announced(), transaction))
+            refusal = b"torrent not registered with this tracker"
+            assert peer.sock.recv(2048) == b"\0\0\0\3" + transaction + refusal
+        assert peer.scrape(HASH) == [(0, 0, 0)]
+    finally:
+        server.stop()
+        assert "Traceback" not in server.log()
+        server.output.close()
+
+
+def test_a_fault_of_ours_stops_no_worker(udp, monkeypatch, caplog):
+    server = udp()
+    port, thread = server.sock.getsockname()[1], threading.Thread(target=server.serve)
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "answer", lambda *_: {}["secret"])
+        thread.start()
+        with socket.socket(type=socket.SOCK_DGRAM) as sock:
+            for _ in range(3):
+                sock.sendto(b"x", ("127.0.0.1", port))
+            poll(lambda: "'udp' failed" in caplog.text, 5, "the log")
+    Peer("127.0.0.1", port).announce(1)
+    server.close()
+    thread.join()
+    assert caplog.text.count("'udp' failed") == 1
+
+
 def test_without_udp(tmp_path):
     port = free_port()
     with closing(bitbreeze.bound_socket(socket.SOCK_DGRAM, "", port)):
