@@ -111,9 +111,10 @@ class Workload:
         self.swarms, self.peers = swarms, peers  # peers in each swarm
         info = {b"piece length": 2**20, b"pieces": bytes(2000), b"length": 100 * 2**20}
         self.infos = [{**info, b"name": b"iso-%d" % i} for i in range(swarms)]
-        hashes = [hashlib.sha1(bencoder.bencode(each)) for each in self.infos]
-        self.escaped = [quote(each.digest(), safe="") for each in hashes]
-        (folder / file).write_text("".join(f"{each.hexdigest()}\n" for each in hashes))
+        encoded = map(bencoder.bencode, self.infos)
+        self.hashes = [hashlib.sha1(each).digest() for each in encoded]
+        self.escaped = [quote(each, safe="") for each in self.hashes]
+        (folder / file).write_text("".join(f"{each.hex()}\n" for each in self.hashes))
         sizes = {"SWARMS": str(swarms), "PEERS": str(peers)}
         self.for_wrk = "announce.lua", {"HASHES": f"{folder}/{file}", **sizes}
 
@@ -370,9 +371,7 @@ class UdpClient:
                 sys.exit(f"no tracker answers UDP on port {port}")
             time.sleep(0.05)
         self.packets = [
-            hashlib.sha1(
-                bencoder.bencode(workload.infos[number % workload.swarms])
-            ).digest()
+            workload.hashes[number % workload.swarms]
             + b"-TR4040-%012d" % number
             + struct.pack(
                 ">QQQIIIiH",

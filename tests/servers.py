@@ -18,6 +18,7 @@ import bencoder
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
+APP = [sys.executable, "app.py"]  # in the project's folder
 LONGEST_QUERY = "8190"  # bytes in a request line that gunicorn is told to accept
 
 

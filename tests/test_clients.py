@@ -12,7 +12,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import get_context
@@ -25,7 +24,7 @@ import libtorrent
 import pytest
 from makers import MAKERS, PAYLOADS
 from servers import (
-    ROOT,
+    APP,
     announce,
     free_port,
     gunicorn,
@@ -107,14 +106,13 @@ def seed(path, folder, port):
 
 @pytest.mark.parametrize("server", [gunicorn], ids=["gunicorn"], indirect=True)
 def test_aria2_downloads_from_a_magnet_link(server, tmp_path):
-    program = aria2()
     info = make_torrent(tmp_path / "seed", server.url, KINDS["v1"])
     magnet = f"magnet:?xt=urn:btih:{info.info_hash()}&tr={server.url}/announce"
     with session() as seeding:
         add(seeding, info, tmp_path / "seed")
         poll(lambda: seeded(server, info), 20, "the seeder's announce")
         ended = subprocess.run(
-            [program, *ARIA2_OPTIONS, f"--listen-port={free_port()}", magnet],
+            [program("aria2c"), *ARIA2_OPTIONS, f"--listen-port={free_port()}", magnet],
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -137,12 +135,11 @@ ARIA2_OPTIONS = (
 )
 
 
-def aria2():
-    """Return the path of aria2c; skip the test without it, or fail where CI is set."""
-    program = shutil.which("aria2c")
-    if program:
-        return program
-    reason = "aria2c IS NOT INSTALLED: the download from a magnet link is NOT tested"
+def program(name):
+    """Return the path of a client; skip without it, or fail where CI is set."""
+    if path := shutil.which(name):
+        return path
+    reason = f"{name} IS NOT INSTALLED: its download is NOT tested"
     (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
 
 
@@ -289,7 +286,7 @@ def app(tmp_path):
     port = free_port()
     (tmp_path / "data").mkdir()
     (tmp_path / "data/udp.key").write_bytes(b"k" * 32)
-    command = [sys.executable, ROOT / "app.py", "--port", str(port), "--verbose"]
+    command = [*APP, "--port", port, "--verbose"]
     with serving(command, port, {"TRACKER_DATA": str(tmp_path / "data")}) as server:
         yield server
         assert "Traceback" not in server.log()
@@ -301,14 +298,6 @@ def own_address():
         probe.connect(("192.0.2.1", 9))  # this sends nothing
         return probe.getsockname()[0]
     pytest.skip("NOT TESTED is a client that needs another address than 127.0.0.1")
-
-
-def program(name):
-    """Return the path of a client; skip without it, or fail where CI is set."""
-    if path := shutil.which(name):
-        return path
-    reason = f"{name} IS NOT INSTALLED: its download over UDP is NOT tested"
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
 
 
 def aria2_command(folder, port, torrent):

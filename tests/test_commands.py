@@ -22,6 +22,7 @@ import pytest
 from click.testing import CliRunner
 from gunicorn.config import Config
 from servers import (
+    APP,
     ROOT,
     Server,
     announce,
@@ -38,7 +39,6 @@ from test_torrents import torrent_of
 
 import app as bitbreeze
 
-APP = [sys.executable, "app.py"]
 HASHES = [bytes((number,)) * 20 for number in range(130, 190)]
 PEER = b"-COMMAND-a client---"
 
@@ -520,9 +520,7 @@ def test_what_root_imports_belongs_to_the_server(tmp_path):
 
 def test_reset_forgets_all_peers_while_the_tracker_runs(tmp_path):
     port, env = free_port(), {"TRACKER_DATA": str(tmp_path)}
-    with serving(
-        [sys.executable, ROOT / "app.py", "--port", port], port, env
-    ) as server:
+    with serving([*APP, "--port", port], port, env) as server:
         for number in range(9):
             announce(server.url, HASHES[number % 2], b"%020d" % number, 2000 + number)
         asked = run("reset", typed="n\n", TRACKER_DATA=tmp_path)
