@@ -26,20 +26,20 @@ in reading order:
     Tracker                   announce and scrape, over any transport
     WSGI entry point          answers announces and scrapes ahead of Flask; CGI
     UDP                       announces and scrapes in packets
-    Catalogue                 which torrents are tracked: torrents/, allow.txt, deny.txt
+    Catalogue                 which torrents are tracked, and for whom: the lists
     Torrent files             what a .torrent file says
-    Statistics                counters, and a sample of the tracker for each hour
+    Statistics                counters that all processes share
     File store                the contract of a store; peers in locked files
     Templates                 style sheet and pages
-    Pages and feeds           list, torrent, graph, RSS, JSON, metrics
+    Pages and feeds           list, torrent, publishing, RSS, JSON, metrics
     Doctor                    what may be wrong with this host, and what to set
     Export and import         everything worth keeping, as lines of JSON
     Application and commands  create_app; python app.py and its commands
 
 Where new things go: a new event or parameter of clients in HTTP protocol, its effect in
-File store (``is_seeder``, ``updated``). A new list of torrents in Catalogue (``lists``,
-``parse_hashes``, ``_use``). A new page in Pages and feeds, with its template. A new
-setting in Settings and in README's table.
+File store (``is_seeder``, ``updated``). A new list in Catalogue (``LISTS``, ``_use``).
+A new page in Pages and feeds, with its template. A new setting in Settings and in
+README's table.
 """
 
 import atexit
@@ -62,9 +62,10 @@ import sys
 import time
 import zlib
 from binascii import a2b_qp
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from datetime import date
 from difflib import get_close_matches
 from functools import lru_cache
 from hashlib import blake2b, sha1, sha256
@@ -112,7 +113,9 @@ class Settings(NamedTuple):
     data: str = "data"  # folder for peers and statistics, relative to app.py
     torrents: str = "torrents"  # folder of .torrent files to track and list
     track: str = "auto"  # any, listed, or auto: listed once there is a list
+    private: bool = False  # only for the members in keys.txt
     interval: int = 1800  # seconds between announces, give or take ten percent
+    small_interval: int = 900  # the same at most in swarms of fewer peers than numwant
     min_interval: int = 300  # seconds between announces at least; a sixth of interval
     peer_ttl: int = 4200  # seconds that a silent peer is kept; 7/3 of interval
     swarm_ttl: int = 7776000  # seconds that the snatches of an empty swarm are kept
@@ -231,7 +234,9 @@ def check_settings(settings):
 # -- Types ----------------------------------------------------------------------------
 
 # The reasons for a refusal, as /metrics counts them.
-FAILURES = "request address unregistered reading full key internal store".split()
+FAILURES = "request address unregistered reading full key member ban".split()
+FAILURES += ["internal", "store"]
+NEEDS_KEY = "this tracker needs a key: use the announce URL from your own page"
 
 
 class TrackerError(Exception):
@@ -259,7 +264,7 @@ class Announce(NamedTuple):
     key: int = 0  # checksum of the client's key (BEP 7), 0 for none
     compact: bool = True
     no_peer_id: bool = False
-    url: str = ""  # path and query of the announce URL, only over UDP (BEP 41)
+    downloaded: int | None = None  # bytes since the client started, None if unknown
 
 
 class Exchange(NamedTuple):
@@ -431,11 +436,6 @@ def format_ip(address):
     return str(ipaddress.ip_address(address))
 
 
-def format_endpoint(endpoint):
-    """Return an endpoint as text, "ADDRESS PORT"."""
-    return f"{format_ip(endpoint[:-2])} {int.from_bytes(endpoint[-2:], 'big')}"
-
-
 # -- HTTP protocol --------------------------------------------------------------------
 # Only this section knows the protocol's parameter names and reply keys. It cannot use
 # Flask's request.args, which decodes to text: there %FF and the byte FF are the same.
@@ -466,7 +466,7 @@ def parse_announce(environ, settings):
     if len(peer_id) != 20:
         raise TrackerError(f"peer_id must be 20 bytes, not {len(peer_id)}")
     address = client_address(environ, settings)
-    port, left = given("port", ""), given("left", "")
+    port, left, done = given("port", ""), given("left", ""), given("downloaded", "")
     if port and not (port.isdecimal() and len(port) < 9 and int(port) < 65536):
         raise TrackerError("port must be a whole number from 0 to 65535")
     is_known = left.isdecimal() and len(left) < 40
@@ -488,7 +488,14 @@ def parse_announce(environ, settings):
         zlib.crc32(given("key", "").encode("latin-1", "replace")),
         given("compact") != "0",  # BEP 23: compact unless the client refuses it
         given("no_peer_id") == "1",
+        int(done) if done.isdecimal() and len(done) < 20 else None,
     )
+
+
+def key_path(path, query):
+    """Return a path, with the key of ?passkey=KEY as one more part."""
+    _, has_passkey, rest = query.partition("passkey=")
+    return f"{path}/{rest.partition('&')[0]}" if has_passkey else path
 
 
 def parse_scrape(environ, settings=None):
@@ -632,20 +639,24 @@ class Tracker:
         self.settings, self.store = settings, FileStore(data, settings)
         self.catalogue = Catalogue(torrents, data / "torrents.json", settings.track)
         self.stats = Stats(data / "stats.json")
+        self._small = min(settings.small_interval, settings.interval)
         self._maintained = -10  # the second of the last maintenance
         self._snapshot = 0, 0, None  # valid from this second to that
         self._lock = Lock()  # of the snapshot
         self._logged = {}  # seconds, by kind of fault
 
-    def answer(self, exchange, raw, source, now):
+    def answer(self, exchange, raw, url, source, now):
         """Return the reply to a raw request from an address, ``source`` as text.
 
-        Raise TrackerError for a refusal. A fault is logged, and refused as well.
+        ``url`` is the path and the query that the client asked. Raise TrackerError for
+        a refusal. A fault is logged, and refused as well.
         """
         request = answer = refusal = None
         started, (transport, kind, parse, reply) = time.perf_counter_ns(), exchange
         try:
             request = parse(raw, self.settings)
+            if self.settings.private and not self.catalogue.member(key_path(*url), now):
+                raise TrackerError(NEEDS_KEY, kind="member")
             answer = (self.scrape if kind == "scrape" else self.announce)(request, now)
             return reply(request, answer, self.settings)
         except TrackerError as error:
@@ -685,14 +696,19 @@ class Tracker:
 
     def announce(self, announce, now):
         """Return (Counts, Peers, seconds to the next announce); raise TrackerError."""
-        settings, wanted = self.settings, announce.numwant
-        self.catalogue.check(announce.info_hash, now)
+        settings, wanted, catalogue = self.settings, announce.numwant, self.catalogue
+        catalogue.check(announce.info_hash, now)
+        banned = catalogue.banned
+        if banned and any(ipaddress.ip_address(announce.address) in n for n in banned):
+            reason = "your address is not allowed on this tracker"
+            raise TrackerError(reason, kind="ban")
+        progress = progress_of(announce, catalogue.by_hash) if announce.left else 0
         wanted = min(settings.numwant if wanted < 0 else wanted, settings.max_numwant)
-        counts, peers = self.store.announce(announce, wanted, now)
+        counts, peers = self.store.announce(announce, wanted, now, progress)
         peers = visible_peers(peers, announce.address, settings.public_ip)
+        most = self._small if sum(counts[:2]) < settings.numwant else settings.interval
         # Vary the interval by a tenth, so that clients that came together spread out.
-        interval = int(settings.interval * (0.9 + 0.2 * random()))
-        return counts, peers, interval or 1
+        return counts, peers, int(most * (0.9 + 0.2 * random())) or 1
 
     def scrape(self, info_hashes, now):
         """Return Counts by info_hash.
@@ -737,7 +753,18 @@ class Tracker:
         if not 0 <= now - self._maintained < 10:
             self._maintained = now
             self.store.tidy(now)
-            self.stats.flush(now, lambda now: self.snapshot(now)[0])
+            self.stats.flush()
+
+
+def progress_of(announce, by_hash):
+    """Return the share that a leecher has, 1 to 63, or 0 if it is unknown.
+
+    The size is that of the listed Torrent. Without one, what was downloaded since the
+    client's start is all that it has, at least.
+    """
+    listed = by_hash.get(announce.info_hash)
+    done = listed.size - announce.left if listed else announce.downloaded
+    return 0 if done is None else 1 + 62 * max(0, done) // (announce.left + done)
 
 
 def trace(source, kind, request, answer, refusal, by_hash):
@@ -785,6 +812,7 @@ def client_name(peer_id):
 # that takes four times as long as an announce. All other paths go to Flask.
 
 _TEXT = "Content-Type", "text/plain; charset=iso-8859-1"
+MEMBER = "bitbreeze.member"  # in the environ of pages: ("/KEY", Member), ("", None)
 
 
 class TrackerApp:
@@ -795,19 +823,21 @@ class TrackerApp:
         self.tracker, self.pages = tracker, pages
 
     def __call__(self, environ, start_response):
-        kind = request_kind(environ.get("PATH_INFO", ""))
+        kind = request_kind(path := environ.get("PATH_INFO", ""))
         if not kind:
             # Flask expects a query in ASCII, but clients may send any byte.
             query = quote(environ.get("QUERY_STRING", ""), "%&=+", "latin-1", "replace")
-            return self.pages({**environ, "QUERY_STRING": query}, start_response)
+            environ = self._enter({**environ, "QUERY_STRING": query})
+            return self.pages(environ, start_response)
         if (method := environ["REQUEST_METHOD"]) not in ("GET", "HEAD"):
             start_response("405 Method Not Allowed", [_TEXT, ("Allow", "GET, HEAD")])
             return [b"Clients announce and scrape with GET.\n"]
         if "info_hash=" not in (query := environ.get("QUERY_STRING", "")):
             is_browser = "text/html" in environ.get("HTTP_ACCEPT", "")
             if is_browser or not query:
-                path = quote(environ.get("SCRIPT_NAME", ""), encoding="latin-1")
-                root = self.tracker.settings.url or path
+                environ, url = self._enter(environ), self.tracker.settings.url
+                mount = quote(environ.get("SCRIPT_NAME", ""), encoding="latin-1")
+                root = url + environ[MEMBER][0] if url else mount
                 start_response("302 Found", [_TEXT, ("Location", f"{root}/")])
                 return []
         if method == "HEAD":  # it must not change anything
@@ -815,13 +845,23 @@ class TrackerApp:
             return []
         source, now = environ.get("REMOTE_ADDR", ""), int(time.time())
         try:
-            body = self.tracker.answer(HTTP[kind], environ, source, now)
+            body = self.tracker.answer(HTTP[kind], environ, (path, query), source, now)
         except TrackerError as refusal:
             # It has status 200 too. With any other, clients ignore the reason and come
             # back within seconds.
             body = failure_reply(str(refusal), self.tracker.settings, refusal.kind)
         start_response("200 OK", [_TEXT, ("Content-Length", str(len(body)))])
         return [body]
+
+    def _enter(self, environ):
+        """Move a member's key to the path of the mount, so that all links have it."""
+        key, _, rest = environ.get("PATH_INFO", "")[1:].partition("/")
+        environ = {**environ, MEMBER: ("", None)}
+        if member := self.tracker.catalogue.member(key, int(time.time())):
+            environ[MEMBER] = f"/{key}", member
+            environ["SCRIPT_NAME"] = environ.get("SCRIPT_NAME", "") + f"/{key}"
+            environ["PATH_INFO"] = f"/{rest}"
+        return environ
 
 
 @lru_cache(maxsize=100)
@@ -846,7 +886,7 @@ ID_SECONDS = 120  # that a connection id is good for at least, and at most twice
 MOST_BYTES = 1232  # of a reply, so that no network cuts it: 1280 less the IPv6 headers
 MOST_SCRAPED = 74  # info_hashes in a packet
 _PACKET = struct.Struct(">8sI4s")  # connection id, action, transaction id
-PACKET_ANNOUNCE = struct.Struct(">16x20s20s8xq8xI4xIiH")
+PACKET_ANNOUNCE = struct.Struct(">16x20s20sqq8xI4xIiH")
 _EVENTS = "", "completed", "started", "stopped", "paused"  # libtorrent sends 4 (BEP 21)
 _NUMBERS = struct.Struct(">III")
 
@@ -856,7 +896,7 @@ def parse_packet_announce(raw, settings):
     packet, address = raw
     fields = PACKET_ANNOUNCE.unpack_from(packet)
     most = (MOST_BYTES - 20) // (len(address) + 2)
-    info_hash, peer_id, left, event, key, numwant, port = fields
+    info_hash, peer_id, done, left, event, key, numwant, port = fields
     return Announce(
         info_hash,
         peer_id,
@@ -868,7 +908,7 @@ def parse_packet_announce(raw, settings):
         min(settings.numwant if numwant < 0 else numwant, most),
         # Over HTTP, the same clients send it as eight hexadecimal digits.
         zlib.crc32(b"%08X" % key) if key else 0,
-        url=url_data(packet[98:]),
+        downloaded=done if 0 <= done < 2**63 - 1 else None,
     )
 
 
@@ -879,7 +919,7 @@ def url_data(options):
         size = 0 if options[0] == 1 else 1 + sum(options[1:2])  # 1 is padding
         found += options[2 : 1 + size] if options[0] == 2 else b""
         options = options[1 + size :]
-    return found.decode("latin-1")
+    return found.decode("latin-1").partition("?")[::2]
 
 
 def parse_packet_scrape(raw, settings):
@@ -948,8 +988,8 @@ class UdpServer:
         if given not in [connection_id(self._key, address, slot - n) for n in (0, 1)]:
             return error + b"connect again"  # after silence, clients wait for seconds
         try:
-            raw = packet, address
-            return head + self.tracker.answer(UDP[action], raw, source, now)
+            raw, url = (packet, address), url_data(packet[98:])
+            return head + self.tracker.answer(UDP[action], raw, url, source, now)
         except TrackerError as refusal:
             return error + str(refusal).encode()
 
@@ -970,7 +1010,8 @@ class UdpServer:
     def close(self):
         """Make ``serve`` return, in another thread."""
         self._is_closed = True
-        self.sock.sendto(b"", self.sock.getsockname())
+        with suppress(OSError):  # it may have returned already
+            self.sock.sendto(b"", self.sock.getsockname())
 
 
 def bound_socket(kind, host, port):
@@ -989,11 +1030,12 @@ def bound_socket(kind, host, port):
 
 # -- Catalogue ------------------------------------------------------------------------
 # Which torrents are tracked: the .torrent files in a folder, and the info_hashes in
-# allow.txt and deny.txt beside that folder.
+# allow.txt and deny.txt beside that folder. And for whom: deny.txt and keys.txt.
 
 SETTLED = 2  # seconds without a change after which a file counts as complete
 UNREAD: list = [None, None]  # the entry of a file that no worker has read yet
 _HEX = re.compile("[0-9a-fA-F]{40}|[0-9a-fA-F]{64}")
+_KEY = re.compile(r"[\w-]{16,64}", re.A)  # of a member
 
 
 def is_settled(path, now):
@@ -1014,41 +1056,84 @@ def is_torrent(path):
 
 def torrent_paths(folder, onerror):
     """Return the paths of the .torrent files in a folder and in those below it."""
-    tops, met, paths = [folder], set(), []
-    for top in tops:  # it grows by the links to folders
-        for parent, folders, names in os.walk(top, onerror=onerror):
-            # Each folder counts once: links may form loops.
-            status = os.stat(parent)
-            if (identity := (status.st_dev, status.st_ino)) in met:
-                folders.clear()
-                continue
-            met.add(identity)
-            shown = [name for name in folders + names if name[0] != "."]
-            paths += [f"{parent}/{name}" for name in shown if is_torrent(name)]
-            folders[:] = [n for n in folders if n[0] != "." and not is_torrent(n)]
-            tops += filter(os.path.islink, (f"{parent}/{name}" for name in folders))
+    met, paths = set(), []
+    for parent, folders, names in os.walk(folder, onerror=onerror, followlinks=True):
+        # Each folder counts once: links may form loops.
+        status = os.stat(parent)
+        if (identity := (status.st_dev, status.st_ino)) in met:
+            folders.clear()
+            continue
+        met.add(identity)
+        shown = [name for name in folders + names if name[0] != "."]
+        paths += [f"{parent}/{name}" for name in shown if is_torrent(name)]
+        folders[:] = [n for n in folders if n[0] != "." and not is_torrent(n)]
     return paths
 
 
-def parse_hashes(data, path):
-    """Return the info_hashes in a list as 40 hex digits, and sentences on bad lines.
+def parse_list(data, path):
+    """Return what the lines of a list say, and sentences on bad lines.
 
-    Windows may save it as UTF-16 with a mark. Raise OSError if it is not text.
+    "#" begins a comment. Windows may save the list as UTF-16 with a mark. Raise OSError
+    if it is not text.
     """
-    hashes, problems = [], []
+    found, problems, (parse, form) = [], [], LISTS[os.path.basename(path)]
     is_wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")  # byte order marks
     text = data.decode("utf-16" if is_wide else "utf-8-sig", "replace")
     if "\0" in text:
         raise OSError(errno.EILSEQ, "it is not text. Save it as UTF-8")
     for number, line in enumerate(text.encode(errors="replace").splitlines(), 1):
-        words = line.decode().partition("#")[0].split()
-        if words and _HEX.fullmatch(words[0]):
-            hashes.append(words[0][:40].lower())
-        elif words:
-            problems.append(f"{path}, line {number}: not 40 or 64 hex digits, skipped")
+        if words := line.decode().partition("#")[0].split():
+            try:
+                found.append(parse(*words))
+            except ValueError:
+                problems.append(f"{path}, line {number}: not {form}, skipped")
     if more := len(problems[10:]):
         problems[10:] = [f"{path}: {more} more lines like these, skipped"]
-    return hashes, problems
+    return found, problems
+
+
+def parse_hash(word, *comment):
+    """Return an info_hash as 40 hex digits; raise ValueError."""
+    if not _HEX.fullmatch(word):
+        raise ValueError
+    return word[:40].lower()
+
+
+def parse_denied(word, *comment):
+    """Return an info_hash, or a network with its "/"; raise ValueError."""
+    is_hash = _HEX.fullmatch(word)
+    return parse_hash(word) if is_hash else str(ipaddress.ip_network(word))
+
+
+def parse_member(key, *words):
+    """Return [checksum of the key, *Member]; raise ValueError."""
+    name = " ".join(w for w in words if w != "publish" and w[:6] != "until=")
+    days = [date.fromisoformat(w[6:]) for w in words if w[:6] == "until="]
+    until = 86400 * ((min(days, default=date.max) - date(1970, 1, 1)).days + 1)
+    if not (name and _KEY.fullmatch(key)):
+        raise ValueError
+    return [*key_checksums(key), name, "publish" in words, until]
+
+
+LISTS = {
+    "allow.txt": (parse_hash, "40 or 64 hex digits"),
+    "deny.txt": (parse_denied, "40 or 64 hex digits, nor an address or a network"),
+    "keys.txt": (parse_member, "KEY (16-64 letters) NAME [publish] [until=YYYY-MM-DD]"),
+}
+
+
+@lru_cache(maxsize=1000)
+def key_checksums(path):
+    """Return checksums of what may be keys: the time to compare them tells nothing."""
+    return [sha256(k.encode()).hexdigest() for k in path.split("/") if len(k) > 15]
+
+
+class Member(NamedTuple):
+    """A line of keys.txt."""
+
+    name: str
+    can_publish: bool
+    until: int  # seconds since 1970 at the end of the last day
 
 
 class Catalogue:
@@ -1060,7 +1145,7 @@ class Catalogue:
 
         {path of a .torrent file or a list: [signature, content, *problems]}
 
-    The content is a Torrent or a list of info_hashes, with hex digits for bytes. The
+    The content is a Torrent, or what the lines of a list say, with hex digits. The
     signature is null if the file was not read yet, or if it cannot be read. The folder
     itself has an entry as soon as a .torrent file was in it, and as long as it exists.
 
@@ -1074,9 +1159,10 @@ class Catalogue:
         """Track torrents; "auto" tracks any one until there is a list."""
         self.folder, self.index, self.track = os.path.abspath(folder), str(index), track
         beside = os.path.dirname(self.folder)
-        self.lists = [f"{beside}/allow.txt", f"{beside}/deny.txt"]
+        self.lists = [f"{beside}/{name}" for name in LISTS]
         self.changed, self._mutex = 0, Lock()  # seconds: the mtime of the index
         self._checked = None  # the second of the last refresh
+        self._removed = ""  # the path that a publisher has just removed
         self._entries = dict.fromkeys([self.folder, *self.lists], UNREAD)
         self._used = self._indexed = self._stamp = None  # entries of _rules; the index
         self._rules = (), (), False, True  # tracked, denied, is_open, unread
@@ -1086,12 +1172,12 @@ class Catalogue:
 
     def check(self, info_hash, now):
         """Raise TrackerError if a torrent is not tracked."""
-        if now != self._checked:
-            self.refresh(now)
-        # One read, because another thread may replace them.
-        tracked, denied, is_open, unread = self._rules
-        if info_hash in tracked or (is_open and info_hash not in denied):
+        if self.tracks(info_hash, now):
             return
+        self.refresh(now, at_once=True)  # another worker may have just published it
+        if self.tracks(info_hash, now):
+            return
+        _, denied, _, unread = self._rules
         if unread and info_hash not in denied:
             text = "this tracker is still reading its list of torrents: try again soon"
             raise TrackerError(text, kind="reading")
@@ -1100,18 +1186,62 @@ class Catalogue:
         raise TrackerError(text, kind="unregistered")
 
     def tracks(self, info_hash, now):
-        with suppress(TrackerError):
-            self.check(info_hash, now)
-            return True
-        return False
+        """Return whether a torrent is tracked."""
+        if now != self._checked:
+            self.refresh(now)
+        # One read, because another thread may replace them.
+        tracked, denied, is_open, _ = self._rules
+        return info_hash in tracked or is_open and info_hash not in denied
 
-    def is_open(self):
-        """Return whether every torrent is tracked that is not denied."""
-        return self._rules[2]
+    def member(self, path, now):
+        """Return the Member whose key is a part of a path, or None."""
+        for checksum in key_checksums(path):
+            if now != self._checked:
+                self.refresh(now)
+            member = self.members.get(checksum)
+            if member and now < member.until:
+                return member
+        return None
 
-    def find(self, text):
+    def find(self, text, now):
         """Return the listed Torrent with a hash in hex (v1, v2 or truncated v2)."""
-        return self.by_hash.get(bytes.fromhex(text)) if _HEX.fullmatch(text) else None
+        info_hash = bytes.fromhex(text) if _HEX.fullmatch(text) else b""
+        self.refresh(now, at_once=info_hash not in self.by_hash)
+        return self.by_hash.get(info_hash)
+
+    def add(self, data, category, now):
+        """Write a .torrent file into a category, and return its Torrent.
+
+        Raise TorrentError if it cannot be listed, or is listed already.
+        """
+        torrent = parse_torrent(read_metainfo(data), "", now)
+        for info_hash in torrent.info_hashes():
+            if known := self.find(info_hash.hex(), now):
+                raise TorrentError(f"it is listed already as {known.path}")
+            if info_hash in self.denied:
+                raise TorrentError("this tracker does not want it: it is in deny.txt")
+        path_in(category, torrent)  # raises, before anything is written
+        hidden = torrent._replace(path=f".{os.urandom(8).hex()}")  # until it is whole
+        os.makedirs(self.folder, exist_ok=True)
+        Path(self.folder, hidden.path).write_bytes(data)
+        return self.move(hidden, category, now)
+
+    def move(self, torrent, category, now):
+        """Move the file of a Torrent to a category, or remove it for None.
+
+        Return the Torrent with its new path; raise TorrentError. All workers see it.
+        """
+        old, below = f"{self.folder}/{torrent.path}", ""
+        if category is None:
+            os.unlink(old)
+        else:
+            below = path_in(category, torrent)
+            os.makedirs(os.path.dirname(f"{self.folder}/{below}"), exist_ok=True)
+            os.replace(old, f"{self.folder}/{below}")
+        with self._mutex:
+            self._removed, self._checked = old, None
+            self._follow(now)
+        return torrent._replace(path=below)
 
     def metainfo(self, torrent):
         """Return the Metainfo of a listed Torrent; raise TorrentError."""
@@ -1126,12 +1256,15 @@ class Catalogue:
         allowed, denied, unread = map(len, (self.allowed, self.denied, self.unread))
         text = f"{len(self.torrents)} torrents in {self.folder}"
         text += f" and {allowed} of allow.txt" if allowed else ""
-        text = "any torrent" if self.is_open() else text
+        text = "any torrent" if self.is_open else text
         text += f", but {denied} of deny.txt" if denied else ""
         return text + (f"; {unread} files are still to be read" if unread else "")
 
-    def refresh(self, now):
-        """Take in changes. Only the first call in a second does any work."""
+    def refresh(self, now, at_once=False):
+        """Take in changes. Only the first call in a second does any work.
+
+        With ``at_once``, take in what other workers have found in this second, too.
+        """
         if not self._mutex.acquire(blocking=self._checked is None):
             return  # another thread is refreshing
         try:
@@ -1139,6 +1272,8 @@ class Catalogue:
             if self._checked is None or not -2 < now - self._checked <= 0:
                 self._follow(now)
                 self._checked = now
+            elif at_once:
+                self._load()
         finally:
             self._mutex.release()
 
@@ -1207,9 +1342,9 @@ class Catalogue:
                 if known[0] != signature and (is_list or time.monotonic() < deadline):
                     deadline = min(deadline, time.monotonic() + seconds)
                     if is_list:
-                        hashes, problems = parse_hashes(read_regular(path)[1], path)
+                        found, problems = parse_list(read_regular(path)[1], path)
                         if known == UNREAD or is_settled(path, now):
-                            entry = [signature, hashes, *problems]
+                            entry = [signature, found, *problems]
                     else:
                         below = path.removeprefix(f"{self.folder}/")
                         _, torrent = read_torrent(self.folder, below)
@@ -1232,9 +1367,9 @@ class Catalogue:
         for path in before.keys() - entries.keys():
             is_hidden = any(path.startswith(f"{folder}/") for folder in broken)
             is_gone = is_settled(os.path.dirname(path), now) and not is_hidden
-            if before[path] != UNREAD and not is_gone:
+            if before[path] != UNREAD and not is_gone and path != self._removed:
                 entries[path] = before[path]
-        is_listed = paths[2:] or before.get(self.folder, UNREAD)[1]
+        is_listed = paths[3:] or before.get(self.folder, UNREAD)[1]
         if is_listed and os.path.isdir(self.folder):
             entries.setdefault(self.folder, ["listed", True])
         if entries != self._entries:
@@ -1250,9 +1385,13 @@ class Catalogue:
         # 1. Parse the entries. A torrent is denied by any of its info_hashes.
         files = {p: e for p, e in sorted(entries.items()) if is_torrent(p)}
         others = {p: e for p, e in entries.items() if p not in files}
-        allow, deny = (entries.get(path, UNREAD) for path in self.lists)
+        allow, deny, keys = (entries.get(path, UNREAD) for path in self.lists)
+        self.members = {checksum: Member(*each) for checksum, *each in keys[1] or []}
+        bans = {each for each in deny[1] or [] if "/" in each}
+        self.banned = [*map(ipaddress.ip_network, bans)]
         self.allowed = frozenset(map(bytes.fromhex, allow[1] or []))
-        denied = self.denied = frozenset(map(bytes.fromhex, deny[1] or []))
+        denied = frozenset(bytes.fromhex(e) for e in deny[1] or [] if e not in bans)
+        self.denied = denied
         torrents, doubles = {}, {}
         for torrent in [Torrent(*entry[1]) for entry in files.values() if entry[1]]:
             first = torrents.setdefault((torrent.v1, torrent.v2), torrent)
@@ -1282,6 +1421,7 @@ class Catalogue:
         if deny[1] is None:
             tracked, is_open = frozenset(), False
         self._rules = tracked, denied, is_open, bool(self.unread)
+        self.is_open = is_open  # every torrent is tracked that is not denied
         if not self.unread:
             if report and self._known not in (None, self._rules):
                 report(f"Tracked from now on: {self.summary()}")
@@ -1293,8 +1433,8 @@ class Catalogue:
 # Files that libtorrent loads are listed, with the hashes and sizes that it computes.
 
 MAX_TORRENT_BYTES = 10 * 2**20  # of a .torrent file
-MAX_PARTS = 2**19  # numbers, strings, lists...: 50,000 files, half a second
 LAST_SECOND = 253402300799  # of the year 9999, after which no date can be formatted
+MAX_PARTS = 2**19  # numbers, strings, lists...: 50,000 files, half a second
 MAX_DEPTH = 100  # of lists and dictionaries: bencoder recurses, and crashes at 50,000
 _TOKEN = re.compile(rb"(0*\d{1,10}):|i(-?0*\d{1,20})e|[dle]")
 
@@ -1314,6 +1454,26 @@ def visible(text):
 
 class TorrentError(Exception):
     """A file cannot be listed as a torrent. The text says why."""
+
+
+def path_in(category, torrent):
+    """Return the path for the file of a Torrent in the folder; raise TorrentError.
+
+    A part of the info_hash is in its name, so that no file writes over another.
+    """
+    folder = r"[^./\\][^/\\]{0,49}(?<!\.torrent)"
+    is_good = re.fullmatch(f"({folder}(/{folder}){{0,4}})?", category)
+    if not is_good or _INVISIBLE.search(category):
+        form = "up to five names of 50 letters, with / between and no dot before"
+        raise TorrentError(f"its category must be {form}")
+    name = f"{file_name(torrent.name)} {(torrent.v1 or torrent.v2)[:8]}.torrent"
+    return f"{category}/{name.strip()}" if category else name.strip()
+
+
+def file_name(name):
+    """Return the name of a torrent as every file system takes it."""
+    text = re.sub(r'[/\\:*?"<>|]', "_", visible(name)).encode(errors="replace")[:150]
+    return text.decode(errors="ignore").strip(". ")
 
 
 class Torrent(NamedTuple):
@@ -1580,20 +1740,17 @@ def magnet(torrent, urls):
 
 
 # -- Statistics -----------------------------------------------------------------------
-MONTH_HOURS = 31 * 24  # of history that is kept
 
 
 class Stats:
-    """Counters since the first start and an hourly history, shared by all processes.
-
-    They are one JSON file of up to 30 kB, with hours since 1970:
+    """Counters since the first start, shared by all processes, in a JSON file.
 
         {"counters": {"announces": 9, "announce_nanoseconds": 90000, "scrapes": 1,
-         "failure_full": 2}, "history": [[hour, seeders, leechers, swarms], ...]}
+         "failure_full": 2}}
 
     Each process adds its counts at each flush and when it ends (tested: CGI, idle
     uWSGI, and gunicorn's sync, gthread and gevent workers). A kill loses these counts.
-    flock on stats.json.lock guards the file. It is not held while swarms are counted.
+    flock on stats.json.lock guards the file.
     """
 
     def __init__(self, path):
@@ -1603,7 +1760,7 @@ class Stats:
         atexit.register(self._write_last)
 
     def _start_empty(self):
-        self._pending, self._lock = Counter(), Lock()
+        self._pending, self._lock = defaultdict(int), Lock()
 
     def count(self, failure="", nanoseconds=None):
         """Count an announce that took so many nanoseconds, or a scrape without them."""
@@ -1616,59 +1773,41 @@ class Stats:
     def counters(self):
         """Return a Counter: the file plus what this process has not written yet."""
         with self._lock:
-            return self._read()[0] + self._pending
+            return self._read()[0] + Counter(self._pending)
 
-    def history(self, now):
-        """Return [hour, seeders, leechers, swarms] of 31 days, the oldest first."""
-        _, samples, _ = self._read()
-        return [each for each in samples if 0 <= now // 3600 - each[0] < MONTH_HOURS]
-
-    def flush(self, now, totals):
-        """Write what was counted, unless another process writes. Raise OSError.
-
-        The first flush in an hour also adds a sample, from ``totals(now)``.
-        """
-        hour = now // 3600
-        mode = fcntl.LOCK_EX | fcntl.LOCK_NB
+    def flush(self):
+        """Write what was counted, unless another process writes. Raise OSError."""
         with suppress(BlockingIOError):  # the next flush tries again
-            if hour not in self._update(mode):
-                seeders, leechers, _, _, swarms = totals(now)
-                self._update(mode, [[hour, seeders, leechers, swarms]], hour)
+            self._write(fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _write_last(self):
         with suppress(OSError):  # the counts are lost, as by a kill
             if self._pending:
-                self._update(fcntl.LOCK_EX)
+                self._write(fcntl.LOCK_EX)
 
-    def _update(self, mode, new=(), hour=0):
-        """Add pending counts and the samples of new hours. Return the hours before."""
+    def _write(self, mode):
+        """Add the pending counts to the file."""
         os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
         with self._lock, open(f"{self.path}.lock", "ab") as lock:
             fcntl.flock(lock, mode)
-            counters, samples, is_corrupt = self._read()
+            counters, is_corrupt = self._read()
             if is_corrupt:
                 os.replace(self.path, f"{self.path}.damaged")
                 log.error("%s was corrupt and is kept as stats.json.damaged", self.path)
-            counters += self._pending
-            by_hour = {each[0]: each for each in (*new, *samples)}
-            # Drop the hours farthest from now, such as those of a wrong clock.
-            near = sorted(by_hour.values(), key=lambda each: abs(each[0] - hour))
-            stats = {"counters": counters, "history": sorted(near[:MONTH_HOURS])}
-            Path(f"{self.path}.new").write_text(json.dumps(stats))
+            counters.update(self._pending)
+            Path(f"{self.path}.new").write_text(json.dumps({"counters": counters}))
             os.replace(f"{self.path}.new", self.path)
             self._pending.clear()
-        return {each[0] for each in samples}
 
     def _read(self):
-        """Return the counters, the samples, and whether the file is corrupt."""
+        """Return the counters, and whether the file is corrupt."""
         if not os.path.exists(self.path):
-            return Counter(), [], False
+            return Counter(), False
         with suppress(ValueError, LookupError, TypeError, RecursionError):
-            stats = json.loads(Path(self.path).read_bytes())
-            counters, rows = Counter(stats["counters"]), stats["history"]
-            if all(type(n) is int and n >= 0 for n in chain(counters.values(), *rows)):
-                return counters, [row for row in rows if len(row) == 4], False
-        return Counter(), [], True
+            counters = Counter(json.loads(Path(self.path).read_bytes())["counters"])
+            if all(type(n) is int and n >= 0 for n in counters.values()):
+                return counters, False
+        return Counter(), True
 
 
 # -- File store -----------------------------------------------------------------------
@@ -1685,7 +1824,7 @@ LEECHERS, SEEDERS, ALL = (0, 1), (1, 2), (0, 2)  # kinds of peers, as in Page.bo
 MAGIC = b"swrm\x01"  # with the version of the format
 RECOUNTS = 16  # of a swarm with several pages, in each peer_ttl
 QUIET, CHANGING, RETIRED = range(3)  # states of a swarm file
-PARTIAL, SNATCHED = 1, 2  # bits of a peer's state
+PARTIAL, SNATCHED, PROGRESS = 1, 2, 4  # bits of a peer's state, from 4 on a number
 # Swarm files that a process keeps open. With its mapping, a file takes two descriptors,
 # and connections need some too. RLIM_INFINITY is -1.
 _DESCRIPTORS = resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**31
@@ -1712,7 +1851,7 @@ class Record(NamedTuple):
 
     peer_id: bytes  # 20 bytes
     key: int  # checksum of the client's key, 0 for none
-    state: int  # bits: PARTIAL, SNATCHED
+    state: int  # bits: PARTIAL, SNATCHED, and progress_of times PROGRESS
     seen4: int  # seconds since 1970 of the last announce over IPv4, 0 for none
     seen6: int  # the same for IPv6
     endpoint4: bytes  # 6 bytes: address and port; port 0 if nothing can connect to it
@@ -1733,9 +1872,9 @@ _SWARM_HEAD = struct.Struct("<20s8sIIIIQIIB")
 _CHECKED = _PAGE_HEAD.size + _SWARM_HEAD.size  # where the checksum of the head stands
 _HEADS = _CHECKED + 4
 _HASHES = struct.Struct("<II")
-_IDENTITY = struct.Struct("<20sIB")  # peer_id, key and state: the start of a record
 _RECORD = struct.Struct("<20sIBII")  # a Record without its endpoints
-_SEEN4_AT, _SEEN6_AT = 25, 29  # where seen4 and seen6 stand in it
+_STATE = struct.Struct("<BII")  # of which these are state, seen4 and seen6
+_STATE_AT = _RECORD.size - _STATE.size
 # Offsets of the three columns in a page.
 _RECORDS = PAGE - SLOTS * (_RECORD.size + 6 + 18)
 _ENDS4 = _RECORDS + SLOTS * _RECORD.size
@@ -1824,7 +1963,7 @@ class FileStore:
         self._open = {}  # Swarms by info_hash
         self._now = None  # the second of the last visit
 
-    def announce(self, announce, wanted, now):
+    def announce(self, announce, wanted, now, progress=0):
         """Record an Announce; return the swarm's Counts and up to ``wanted`` Peers.
 
         A peer is identified by its peer_id and counts once, with one endpoint of each
@@ -1837,10 +1976,11 @@ class FileStore:
         an IPv6 /48 gets at most a quarter of a reply, or five peers. A leecher that
         becomes a seeder adds a snatch, once. If the swarm has max_peers, a new peer
         gets a reply, but is not kept. Raise TrackerError if another limit is reached,
-        or if a peer with another key has this peer_id.
+        or if a peer with another key has this peer_id. ``progress`` is what progress_of
+        returns for a leecher.
         """
-        info_hash, create = announce.info_hash, announce.event != "stopped"
-        found = self._visit(info_hash, now, create, Swarm.announce, announce, wanted)
+        create, given = announce.event != "stopped", (announce, wanted, progress)
+        found = self._visit(announce.info_hash, now, create, Swarm.announce, *given)
         return found or (NO_COUNTS, NO_PEERS)
 
     def scrape(self, info_hashes, now):
@@ -1875,9 +2015,9 @@ class FileStore:
                 yield info_hash, snatches, chain.from_iterable(pages)
 
     def peers(self, info_hash, now):
-        """Return the snatches of a swarm, and (Record, is_seeder) of each peer."""
+        """Return the snatches of a swarm, and an iterator like that of ``records``."""
         snatches, pages = self._visit(info_hash, now, False, Swarm.records) or (0, [])
-        return snatches, [*chain.from_iterable(pages)]
+        return snatches, chain.from_iterable(pages)
 
     def reset(self, now):
         """Forget all peers and snatches."""
@@ -1917,8 +2057,12 @@ class FileStore:
         """Raise OSError if the store cannot keep peers."""
         os.makedirs(self.folder, 0o700, exist_ok=True)
         with NamedTemporaryFile(prefix="probe.", dir=self.folder, buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
             write_at(file.fileno(), bytes(PAGE), 0)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # flock keeps out every other open file, of this process or of another.
+            with suppress(BlockingIOError), open(file.name, "rb") as other:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                raise OSError(errno.ENOLCK, "its locks do not exclude other workers")
 
     def _walk(self, folders, clock, work):
         """Yield (info_hash, work(swarm)) of the swarms in some of the 256 folders.
@@ -2171,13 +2315,13 @@ class Swarm:
 
     # What can be done with a swarm
 
-    def announce(self, announce, wanted):
+    def announce(self, announce, wanted, progress):
         """Record an announce; return (Counts, Peers), as FileStore.announce says."""
         own, is_new, seeder = None, False, is_seeder(announce)
         if not announce.event:
-            own = self._renew(announce, seeder)
+            own = self._renew(announce, seeder, progress)
         if not own:
-            own, is_new = self._record(announce, seeder)
+            own, is_new = self._record(announce, seeder, progress)
         if announce.event == "stopped" or not wanted:
             return self.counts(), NO_PEERS
         options = seeder, is_new, own, not announce.compact
@@ -2188,17 +2332,14 @@ class Swarm:
             peers = spread(wanted, *self._choose(16 * wanted, *options))
         return self.counts(), Peers(*peers)
 
-    def _renew(self, announce, seeder):
-        """Update only when a peer was last seen, if its announce says nothing else new.
+    def _renew(self, announce, seeder, progress):
+        """Update when a peer was last seen and its progress, if nothing else is new.
 
         Return the peer's endpoints, as Record.endpoints does, or None if ``_record``
         must run. Most announces take this path, which needs a fifth of the time.
         """
         endpoint = endpoint_of(announce)
-        if len(endpoint) == 6:
-            first, width, seen_at = _ENDS4, 6, _SEEN4_AT
-        else:
-            first, width, seen_at = _ENDS6, 18, _SEEN6_AT
+        first, width = (_ENDS4, 6) if len(endpoint) == 6 else (_ENDS6, 18)
         page = self.first
         views = ((0, page.data, 0, page.bounds()),)
         if self.pages > 1:  # read one by one
@@ -2210,25 +2351,27 @@ class Swarm:
             record_at = _RECORDS + slot * _RECORD.size
             if at < 0 or rest:  # not found, or by chance across two endpoints
                 continue
-            peer_id, key, state = _IDENTITY.unpack_from(data, start + record_at)
+            fields = _RECORD.unpack_from(data, start + record_at)
+            peer_id, key, state, seen4, seen6 = fields
             if (
                 peer_id == announce.peer_id
                 and key == announce.key
                 and not state & PARTIAL
                 and (slot >= leechers) == seeder
             ):
-                seen = self.now.to_bytes(4, "little")
-                at = number * PAGE + record_at + seen_at
+                seen = (self.now, seen6) if width == 6 else (seen4, self.now)
+                new = _STATE.pack(state & SNATCHED | progress * PROGRESS, *seen)
+                at = number * PAGE + record_at + _STATE_AT  # for one write
                 if self.map and at < len(self.map):
-                    self.map[at : at + 4] = seen
+                    self.map[at : at + len(new)] = new
                 else:
-                    write_at(self.fd, seen, at)
+                    write_at(self.fd, new, at)
                 at4, at6 = start + _ENDS4 + slot * 6, start + _ENDS6 + slot * 18
                 ends = data[at4 : at4 + 6], data[at6 : at6 + 18]
-                return [each if any(each) else b"" for each in ends]
+                return [each.lstrip(b"\0") and each for each in ends]  # b"" for zeros
         return None
 
-    def _record(self, announce, seeder):
+    def _record(self, announce, seeder, progress):
         """Record any announce; return Record.endpoints, and whether one is new."""
         is_stopped, endpoint = announce.event == "stopped", endpoint_of(announce)
         page, slot = self._locate(announce.peer_id)
@@ -2250,7 +2393,7 @@ class Swarm:
             most = self.settings.max_peers_per_address
             reason = f"your address has {most} peers in this swarm already"
             raise TrackerError(reason, kind="full")
-        new = updated(old, announce, self.now)
+        new = updated(old, announce, self.now, progress)
         if slot < 0 and not owner and 0 < self.settings.max_peers <= self.tally[0]:
             return new.endpoints(), True
         # 4. Remove that peer. If the process is killed before step 6, the client
@@ -2270,7 +2413,7 @@ class Swarm:
         new = new._replace(state=new.state | old.state & SNATCHED)
         if seeder and was_leecher:
             new = new._replace(state=new.state | SNATCHED)
-        self.snatches += (new.state & ~old.state) // SNATCHED
+        self.snatches += (new.state & ~old.state & SNATCHED) // SNATCHED
         # 6. Write it.
         if slot >= 0:
             page.remove(slot)
@@ -2822,7 +2965,7 @@ def run_of_peers(first, count, ids, ends4, ends6):
 
 def is_seeder(announce):
     """Return True if an Announce says that the peer has the whole torrent."""
-    return (announce.left, announce.event) == (None, "completed") or announce.left == 0
+    return announce.left == 0 or announce.left is None and announce.event == "completed"
 
 
 def is_loopback(address):
@@ -2856,9 +2999,9 @@ def key_after(announce, key, known, other):
     return key
 
 
-def updated(old, announce, now):
+def updated(old, announce, now, progress):
     """Return the Record of a peer after an announce."""
-    state = old.state & SNATCHED
+    state = old.state & SNATCHED | progress * PROGRESS
     if announce.event == "paused" and not is_seeder(announce):
         state |= PARTIAL  # BEP 21
     known = old._replace(peer_id=announce.peer_id, key=announce.key, state=state)
@@ -2934,7 +3077,7 @@ import flask  # noqa: E402
 from flask import Blueprint, current_app, render_template, request  # noqa: E402
 from flask.logging import default_handler, has_level_handler  # noqa: E402
 from jinja2 import DictLoader  # noqa: E402
-from werkzeug.exceptions import HTTPException, ServiceUnavailable  # noqa: E402
+from werkzeug import exceptions  # noqa: E402
 from werkzeug.http import http_date  # noqa: E402
 from werkzeug.middleware.proxy_fix import ProxyFix  # noqa: E402
 from werkzeug.urls import iri_to_uri  # noqa: E402
@@ -2964,7 +3107,7 @@ code { background: var(--soft); user-select: all }
 dt, .faint { color: var(--faint) } .bad { color: var(--bad); white-space: nowrap }
 .about { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.25rem }
 .button { padding: .5rem 1rem; border: 1px solid; border-radius: .3rem }
-form { align-items: end } .search { flex: 1 1 14rem }
+form { align-items: end } .search { flex: 1 1 14rem } [type=file] { padding: .4rem }
 label { display: grid; color: var(--faint); font-size: .875rem }
 input, select, button { box-sizing: border-box; height: 2.5rem; max-width: 100%;
   padding: 0 .6rem; font: inherit; color: var(--text); background: var(--back);
@@ -3014,10 +3157,12 @@ TEMPLATES = {
 {% block intro %}
 {% if settings.notice %}<p class="note warning">{{ settings.notice }}</p>{% endif %}
 <p>This is a BitTorrent tracker. It helps people who share the same torrent find each
-other. It stores no files. {% if tracker.catalogue.is_open() %}It is open: it tracks any
-torrent that clients announce.{% else %}It tracks only the torrents that its operator
-has added. If a client announced a torrent before that, use "Force reannounce" in it.
-{% endif %} Announce URL:</p>
+other. It stores no files. {% if settings.private %}It is for members only: the announce
+URL contains your key, so keep it to yourself.
+{% elif tracker.catalogue.is_open %}It is open: it tracks any torrent that clients
+announce.{% endif %} {% if not tracker.catalogue.is_open %}It tracks only the torrents
+that are on its list. If a client announced a torrent before that, use "Force
+reannounce" in it.{% endif %} Announce URL:</p>
 {% for url in announce_urls(site) -%}
 <p class="block"><code>{{ url }}</code></p>
 {% endfor %}{% endblock %}
@@ -3071,6 +3216,14 @@ has added. If a client announced a torrent before that, use "Force reannounce" i
  rel="next">Next</a>{% endif %}</nav>
 {% else %}<p>No torrent matches. <a href="{{ root }}">Show all</a></p>{% endif %}
 {% endif %}
+{% if member().can_publish %}<h2>Publish a torrent</h2>
+<form method="post" action="{{ root }}publish" enctype="multipart/form-data">
+  <label>Torrent file
+    <input type="file" name="torrent" accept=".torrent" required></label>
+  <label class="search">Category
+    <input name="category" value="{{ query.category }}" maxlength="500"></label>
+  <button>Publish</button>
+</form>{% endif %}
 {% endblock %}
 {% block footer %}
 {% if numbers.torrents %}<a href="{{ root }}{{ feed }}">RSS feed</a>
@@ -3110,6 +3263,18 @@ has added. If a client announced a torrent before that, use "Force reannounce" i
 {% endfor %}{% for url in details.web_seeds -%}
 <dt>Web seed</dt><dd><bdi>{{ url | visible }}</bdi></dd>
 {% endfor %}</dl>
+{% set progress = details.progress -%}
+{% if progress.mean is not none %}<h2>Progress of the leechers</h2>
+{% set top = progress.leechers | max -%}
+<svg role="img" viewBox="0 0 100 30" aria-label="Leechers by tenths of the torrent:
+ {{ progress.leechers | join(", ") }}">
+{% for number in progress.leechers -%}
+<rect x="{{ loop.index0 * 10 }}" y="{{ 30 - 28 * number / top }}" width="9"
+ height="{{ 28 * number / top }}" fill="#2a7ae2"/>
+{% endfor %}</svg>
+<p>Each column counts the leechers in a tenth, from 0% to 100%. On average, they have
+{{ "{:.0%}".format(progress.mean) }}.
+{% if progress.unknown %}Unknown: {{ progress.unknown }}.{% endif %}</p>{% endif %}
 {% if details.comment %}<h2>Comment</h2>
 <p class="block" dir="auto">
 {{- details.comment.splitlines() | map("visible") | join("\n") }}</p>{% endif %}
@@ -3122,7 +3287,19 @@ has added. If a client announced a torrent before that, use "Force reannounce" i
 {% if details.files[2000:] %}<p><a href="{{ row.id }}.json">All
 {{ "{:,}".format(details.files | length) }} files as JSON</a></p>{% endif %}
 {% endblock %}
-{% block footer %}<a href="{{ row.id }}.json">This torrent as JSON</a>{% endblock %}
+{% block footer %}<a href="{{ row.id }}.json">This torrent as JSON</a>
+{% if member().can_publish %}<a href="{{ row.id }}/edit">Move or remove</a>{% endif %}
+{% endblock %}
+""",
+    "edit.html": """\
+{% extends "base.html" %}
+{% block main %}
+<form method="post"><label class="search">Category
+  <input name="category" value="{{ row.category }}" maxlength="500"></label>
+  <button>Move</button></form>
+<form method="post"><p>Or remove the .torrent file, so that it is tracked no more.</p>
+  <button name="remove" value="yes">Remove</button></form>
+{% endblock %}
 """,
     "feed.xml": """\
 <?xml version="1.0" encoding="utf-8"?>
@@ -3160,8 +3337,8 @@ has added. If a client announced a torrent before that, use "Force reannounce" i
 {% for finding in findings -%}
 <li class="note {{ finding.level }}"><b>{{ finding.level }}</b>: {{ finding.text }}</li>
 {% endfor %}</ul>
-<p><a href="?{{ {"key": key, "through": 1} | urlencode }}">Check this tracker through
-its front end</a>, as <code>python app.py doctor URL</code> does from any machine.</p>
+<p><a href="?{{ {"key": key, "through": 1} | urlencode }}">Check it through its front
+end</a>, as <code>python app.py doctor URL</code> does from any machine.</p>
 {% endblock %}
 """,
 }
@@ -3245,7 +3422,7 @@ pages = Blueprint("pages", __name__)
 
 @pages.get("/")
 def front():
-    """Show the announce URL, the totals, the list of torrents and the graph."""
+    """Show the announce URL, the totals and the list of torrents."""
     tracker, now = current_app.tracker, int(time.time())
     if b"info_hash=" in request.query_string:
         reason = f"this is not the announce URL. Use {site_url()}announce"
@@ -3255,8 +3432,7 @@ def front():
     found = query.select(rows)
     last = max(1, -(-len(found) // PER_PAGE))
     page = min(query.page, last)
-    names = "seeders", "leechers", "swarms"
-    numbers = {name: getattr(totals, name) for name in names}
+    numbers = {n: getattr(totals, n) for n in ("seeders", "leechers", "swarms")}
     numbers |= {"torrents": len(rows)} if rows else {}
     return render_template(
         "front.html",
@@ -3284,12 +3460,11 @@ def download(info_hash):
     """Send the .torrent file with the announce URL of this tracker in it."""
     row, metainfo, _ = _torrent_or_404(info_hash)
     data = with_announce(metainfo, announce_urls(site_url()))
-    name = re.sub(r'[/\\:*?"<>|]', "_", row.name)[:120].strip(". ")
     return flask.send_file(
         io.BytesIO(data),
         mimetype="application/x-bittorrent",
         as_attachment=True,
-        download_name=f"{name or row.id}.torrent",
+        download_name=f"{file_name(row.torrent.name) or row.id}.torrent",
         etag=sha1(data).hexdigest(),
         last_modified=row.torrent.added,
     )
@@ -3298,8 +3473,7 @@ def download(info_hash):
 def _torrent_or_404(info_hash):
     """Return (Row, metainfo, details with last announce or None) for a hash in hex."""
     tracker, now = current_app.tracker, int(time.time())
-    tracker.catalogue.refresh(now)
-    if not (torrent := tracker.catalogue.find(info_hash)):
+    if not (torrent := tracker.catalogue.find(info_hash, now)):
         flask.abort(404, "No torrent on this tracker's list has that info hash.")
     try:
         metainfo = tracker.catalogue.metainfo(torrent)
@@ -3307,8 +3481,56 @@ def _torrent_or_404(info_hash):
         flask.abort(404, "The file of this torrent is being replaced. Try again soon.")
     hashes = torrent.info_hashes()
     last_seen = max(tracker.store.last_seen(each, now) for each in hashes)
+    peers = chain.from_iterable(tracker.store.peers(each, now)[1] for each in hashes)
     details = {**parse_details(metainfo), "last_seen": last_seen or None}
+    details["progress"] = progress_summary(peers)
     return Row(torrent, tracker.scrape(hashes, now)), metainfo, details
+
+
+def member():
+    """Return the Member whose key the path of the request has, or None."""
+    return request.environ[MEMBER][1]
+
+
+@pages.before_app_request
+def require_key():
+    """Show a private tracker only to members, and to its operator and monitors."""
+    others = "pages.health", "pages.doctor_page", "pages.swarm_json"
+    is_for_all = request.endpoint in others or not current_app.tracker.settings.private
+    if not is_for_all and not member():
+        flask.abort(403, f"T{NEEDS_KEY[1:]}.")
+    is_publishing = request.endpoint in ("pages.publish", "pages.edit")
+    if is_publishing and not (member() and member().can_publish):
+        flask.abort(403, "Only members whose key has the word publish can do this.")
+
+
+@pages.post("/publish")
+def publish():
+    """Add the uploaded .torrent file to the list.
+
+    Browsers go on to the page of the torrent. Programs can read the JSON.
+    """
+    upload, category = request.files.get("torrent"), request.form.get("category", "")
+    data, catalogue = upload.read() if upload else b"", current_app.tracker.catalogue
+    torrent = catalogue.add(data, category, int(time.time()))
+    log.warning("%s published %s", *map(visible, (member().name, torrent.path)))
+    info_hash = torrent.v1 or torrent.v2
+    page = f"{site_url()}torrent/{info_hash}"
+    return {"page": page, "info_hash": info_hash}, 303, {"Location": page}
+
+
+@pages.route("/torrent/<info_hash>/edit", methods=["GET", "POST"])
+def edit(info_hash):
+    """Ask a publisher whether to move a torrent or to remove it, and do that."""
+    row, _, _ = _torrent_or_404(info_hash)
+    if request.method == "GET":
+        return render_template("edit.html", heading=row.name, row=row)
+    category = None if "remove" in request.form else request.form["category"]
+    current_app.tracker.catalogue.move(row.torrent, category, int(time.time()))
+    what = "removed" if category is None else f"moved to {category!r}"
+    log.warning("%s: %s was %s", *map(visible, (member().name, row.torrent.path, what)))
+    page = "" if category is None else f"torrent/{row.id}"
+    return flask.redirect(f"{site_url()}{page}", 303)
 
 
 def _operator_key():
@@ -3332,13 +3554,30 @@ def swarm_json(info_hash):
         {
             "peer_id": record.peer_id.hex(),
             "client": client_name(record.peer_id),
-            "endpoints": [*map(format_endpoint, filter(None, record.endpoints()))],
+            "endpoints": [
+                f"{format_ip(each[:-2])} {int.from_bytes(each[-2:], 'big')}"
+                for each in filter(None, record.endpoints())
+            ],
             "seeder": seeder,
             "seen": max(record.seen4, record.seen6),
         }
         for record, seeder in records
     ]
     return {"snatches": snatches, "peers": peers}, {"Cache-Control": "no-store"}
+
+
+def progress_summary(peers):
+    """Return the mean share that leechers have, and how many are in each tenth.
+
+    ``peers`` are (Record, is_seeder). Of a large swarm, the first 5,000 stand for all:
+    their order is random. A leecher in both swarms of a hybrid counts twice.
+    """
+    steps = [r.state // PROGRESS for r, seeder in islice(peers, 5000) if not seeder]
+    shares = [(step - 1) / 62 for step in steps if step]
+    tenths = Counter(min(9, int(10 * share)) for share in shares)
+    mean = round(sum(shares) / len(shares), 3) if shares else None
+    numbers = [tenths[tenth] for tenth in range(10)]
+    return {"mean": mean, "leechers": numbers, "unknown": len(steps) - len(shares)}
 
 
 @pages.get("/doctor")
@@ -3353,11 +3592,18 @@ def doctor_page():
     return page, {"Cache-Control": "no-store", "X-Robots-Tag": "noindex"}
 
 
-@pages.app_errorhandler(HTTPException)
+@pages.app_errorhandler(exceptions.HTTPException)
+@pages.app_errorhandler(TorrentError)
 def error_page(error):
     """Show an error as a page. If the disk is full or broken, it says: try later."""
+    if isinstance(error, TorrentError):
+        error = exceptions.BadRequest(f"This torrent is refused: {error}.")
+    if error.code == 413:
+        error.description = f"A file may have {MAX_TORRENT_BYTES} bytes at most."
     if isinstance(getattr(error, "original_exception", None), OSError):
-        error = ServiceUnavailable(f"{DISK_FAILS.capitalize()}.")
+        error = exceptions.ServiceUnavailable(f"{DISK_FAILS.capitalize()}.")
+    if request.path == "/publish" and "html" not in str(request.accept_mimetypes):
+        return {"error": error.description}, error.code
     page = render_template("base.html", heading=error.name, text=error.description)
     return page, error.code, error.get_headers()
 
@@ -3375,7 +3621,8 @@ SECURITY_HEADERS = {
 def add_security_headers(response):
     """Forbid scripts and foreign content, in case the escaping of a text fails."""
     response.headers.update(SECURITY_HEADERS)
-    if not current_app.tracker.settings.url and not response.cache_control.no_store:
+    is_shared = current_app.tracker.settings.url and not member()
+    if not is_shared and not response.cache_control.no_store:
         # It may contain the Host header of this request, which a stranger may have set.
         response.cache_control.private = True
     return response
@@ -3384,6 +3631,7 @@ def add_security_headers(response):
 def site_url():
     """Return the URL of the front page in ASCII, with a slash at its end."""
     url = current_app.tracker.settings.url
+    url = url and url + request.environ[MEMBER][0]
     with suppress(UnicodeError):  # a stranger's Host may break the rules of IDNA
         url = url or iri_to_uri(request.url_root)[:-1]
     return f"{url}/"
@@ -3398,7 +3646,8 @@ def announce_urls(site):
     """Return the announce URLs of the tracker that has its front page at ``site``."""
     port, host = current_app.tracker.settings.udp_port, urlsplit(site).netloc
     over_udp = f"udp://{re.sub(':[0-9]+$', '', host)}:{port}/announce"
-    return [f"{site}announce", over_udp] if port else [f"{site}announce"]
+    is_open = port and not current_app.tracker.settings.private  # few send keys by UDP
+    return [f"{site}announce", over_udp] if is_open else [f"{site}announce"]
 
 
 def date_text(seconds):
@@ -3479,10 +3728,9 @@ def torrent_json(info_hash):
 
 @pages.get("/stats.json")
 def stats():
-    """Send the totals of the front page, and of each hour of the last month."""
-    tracker, now = current_app.tracker, int(time.time())
-    numbers = {"version": __version__, **tracker.snapshot(now)[0]._asdict()}
-    return numbers | {"history": tracker.stats.history(now)}, CORS_HEADERS
+    """Send the totals of the front page."""
+    totals, _ = current_app.tracker.snapshot(int(time.time()))
+    return {"version": __version__, **totals._asdict()}, CORS_HEADERS
 
 
 METRICS = dict.fromkeys(Totals._fields, "gauge") | {
@@ -3536,8 +3784,8 @@ OK, WARNING, FAILURE = "ok", "warning", "failure"
 NETWORK_FILE_SYSTEMS = tuple("nfs cifs smb 9p afs fuse.sshfs ceph lustre".split())
 FORGED = "198.51.100.1"  # an address for documentation (RFC 5737), which no client has
 FORGER = 50002  # port of the peer that sends it in X-Forwarded-For
-PRIVATE_FILES = "wsgi.ini", "data/stats.json", "data/swarms.count"
-PRIVATE_CONTENTS = re.compile(rb'\[tracker\]|\A\{"counters"|(?s:\A.{16}\Z)')
+PRIVATE_FILES = "wsgi.ini", "keys.txt", "data/stats.json", "data/swarms.count"
+SECRETS = re.compile(rb'(?m)^\[tracker\]|^\{"counters"|(?s:\A.{16}\Z)|^[\w-]{16,64} \w')
 
 
 class Finding(NamedTuple):
@@ -3552,21 +3800,8 @@ def check_host(tracker, now):
     folder = tracker.store.folder
     existed = os.path.isdir(folder)
     try:
-        # 1. Can a file be written, and locked?
-        os.makedirs(folder, 0o700, exist_ok=True)
-        with NamedTemporaryFile(prefix="doctor.", dir=folder, buffering=0) as probe:
-            probe.write(bytes(4096))
-            yield Finding(OK, f"The data folder {folder} can be written.")
-            # flock keeps out every other open file, of this process or of another.
-            fcntl.flock(probe, fcntl.LOCK_EX)
-            try:
-                with open(probe.name, "rb+") as other:
-                    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                fact = "Locks in the data folder do not exclude other workers."
-                yield Finding(FAILURE, f"{fact} Set data to a folder on a local disk.")
-            except BlockingIOError:
-                yield Finding(OK, "Locks in the data folder exclude other workers.")
-        # 2. Is there room, on a local disk that works?
+        tracker.store.probe()
+        yield Finding(OK, f"The data folder {folder} can be written and locked.")
         space = os.statvfs(folder)
         free, files = space.f_bavail * space.f_frsize >> 20, space.f_favail
         if free < 100 or 0 < space.f_files and files < 1000:
@@ -3581,7 +3816,8 @@ def check_host(tracker, now):
                 os.rmdir(folder)
     except OSError as error:
         fact = f"The data folder {folder} cannot be used: {error.strerror}."
-        yield Finding(FAILURE, f"{fact} Make it writable, or set data elsewhere.")
+        remedy = "Make it writable, or set data to a folder on a local disk."
+        yield Finding(FAILURE, f"{fact} {remedy}")
     yield from _check_lists(tracker.settings, int(now))
 
 
@@ -3592,11 +3828,15 @@ def _check_lists(settings, now):
     # A minute from now, files that have just been written count as complete.
     catalogue.scan(now + 60, seconds=3, report=lambda problem: None)
     known = catalogue.torrents or catalogue.allowed or catalogue.unread
-    if catalogue.is_open() or known:
+    if catalogue.is_open or known:
         yield Finding(OK, f"Tracked: {catalogue.summary()}; track is {settings.track}.")
     else:
         fact = f"No torrent is tracked: there is no valid one in {folder}."
         yield Finding(WARNING, f"{fact} Add one, fill allow.txt, or set track to any.")
+    keys = catalogue.lists[2]
+    if os.path.exists(keys) and os.stat(keys).st_mode & 0o077:
+        fact = f"Other users of this host can read {keys}."
+        yield Finding(WARNING, f"{fact} Run: chmod 600 {keys}")
     skipped = sorted(catalogue.skipped.items())
     facts = [f"{folder}/{path} is skipped: {reason}" for path, reason in skipped]
     if len(facts) > 10:
@@ -3653,7 +3893,7 @@ def check_url(url):
         folders = {urljoin(base, "."), f"{base}/"}
         for file in [folder + name for folder in folders for name in PRIVATE_FILES]:
             with suppress(ValueError):  # its status is not 200
-                if PRIVATE_CONTENTS.search(_get(file)[1]):
+                if SECRETS.search(_get(file)[1]):
                     remedy = "Set data elsewhere, and deny all files but app.py."
                     yield Finding(FAILURE, f"Anyone can read {file}. {remedy}")
     except Exception as error:  # anything may be in place of a tracker
@@ -3718,7 +3958,7 @@ def _check_udp(url):
                 return reply[8:]
 
             def announce(port, event, swarm):
-                peer = swarm, b"-BBDOCT-%012d" % port, 1, 3 - (event == "started"), 0
+                peer = swarm, b"-BBDOCT-%012d" % port, 0, 1, 3 - (event == "started"), 0
                 packet = PACKET_ANNOUNCE.pack(*peer, -1, port)
                 own = parse_address(sock.getsockname()[0])
                 return chunks(ask(connection, 1, packet[16:])[12:], len(own) + 2), own
@@ -3882,7 +4122,8 @@ class BitBreeze(flask.Flask):
         self.wsgi_app = TrackerApp(tracker, pages_app)
         self.jinja_loader = DictLoader(TEMPLATES)
         self.jinja_env.globals.update(tracker=tracker, style=STYLE, site_url=site_url)
-        self.jinja_env.globals["announce_urls"] = announce_urls
+        self.jinja_env.globals.update(announce_urls=announce_urls, member=member)
+        self.config["MAX_CONTENT_LENGTH"] = MAX_TORRENT_BYTES + 2**16
         for template_filter in (visible, http_date, date_text, magnet_of):
             self.add_template_filter(template_filter)
         self.register_blueprint(pages)
@@ -3933,11 +4174,6 @@ def create_app(overrides=None, *, isolated=False):
         log.addHandler(default_handler)
     sources = {"environ": {}, "ini": os.devnull} if isolated else {}
     return BitBreeze(load_settings(overrides, **sources))
-
-
-def paste_app(global_config, **local_config):
-    """Return the application to PasteDeploy, for gunicorn --paste wsgi.ini."""
-    return app
 
 
 def post_fork(server, worker):
@@ -4012,9 +4248,8 @@ def serve(host, port, workers, udp=True, verbose=False, dev=False, http=True):
     with _reported(f"write to {folder}", "Set TRACKER_DATA to another folder."):
         tracker.store.probe()
     # 2. Greet the operator.
-    click.echo(
-        _greeting(tracker, host, port, ["http"] * http + ["udp"] * udp), err=True
-    )
+    served = ["http"] * http + ["udp"] * udp
+    click.echo(_greeting(tracker, host, port, served), err=True)
     # 3. Allow as many open files as the system does: the store keeps swarm files open.
     with suppress(OSError, ValueError):  # macOS refuses RLIM_INFINITY
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -4073,6 +4308,40 @@ def _reported(task, advice):
     except OSError as error:
         reason = error.strerror.partition(" (")[0]  # Python appends the address
         raise click.ClickException(f"Cannot {task}: {reason}. {advice}") from None
+
+
+@cli.command()
+@click.argument("action", type=click.Choice(["add", "list", "revoke"]))
+@click.argument("name", default="")
+@click.option("--publish", is_flag=True, help="The member may add torrents.")
+@click.option("--until", metavar="YYYY-MM-DD", help="Last day.")
+def keys(action, name, publish, until):
+    """Add a key for NAME and print its link, list names, or revoke NAME's keys."""
+    path, flags = app.tracker.catalogue.lists[2], os.O_RDWR | os.O_CREAT
+    key = base64.b32encode(os.urandom(17))[:26].decode().lower()
+    new = f"{key} {name}{' publish' * publish}" + (f" until={until}" if until else "")
+    if action != "list" and not (name and _name_in(new) == name):
+        raise click.ClickException("Give a NAME without #, and a day like 2027-01-31.")
+    advice = "Run this as the user that the server runs as."
+    with _reported(f"change {path}", advice), open(f"{path}.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other commands wait
+        lines = Path(path).read_text().splitlines() if os.path.exists(path) else []
+        kept = [line for line in lines if action != "revoke" or _name_in(line) != name]
+        kept += [new] * (action == "add")
+        if kept != lines:  # the tracker sees the old file or the new one
+            with open(os.open(f"{path}.new", flags | os.O_TRUNC, 0o600), "w") as file:
+                file.writelines(f"{line}\n" for line in kept)
+            os.replace(f"{path}.new", path)
+    link = f"{app.tracker.settings.url or 'http://HOST:6969'}/{key}/"
+    members = [line.partition("#")[0].split()[1:] for line in lines if _name_in(line)]
+    revoked = f"Revoked {len(lines) - len(kept)} keys of {name}."
+    listed = "\n".join(map(" ".join, members))
+    click.echo({"add": link, "list": listed, "revoke": revoked}[action])
+
+
+def _name_in(line):
+    """Return the name in a line of keys.txt, or ""."""
+    return "".join(member[1] for member in parse_list(line.encode(), "keys.txt")[0])
 
 
 @cli.command()

@@ -138,13 +138,13 @@ class Workload:
         return environ
 
 
-def open_application(app, folder):
+def open_application(app, folder, **settings):
     """Import the app.py of a folder; return (module, application with its data)."""
     spec = importlib.util.spec_from_file_location("app", app / "app.py")
     sys.modules["app"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     where = {"data": str(folder / "data"), "torrents": str(folder / "torrents")}
-    return module, module.create_app(where)
+    return module, module.create_app({**where, **settings})
 
 
 def fill(app, folder, workload):
@@ -450,9 +450,10 @@ def inside(run):
         found = take_turns(2 * run.rounds, measures)
     costs = {key: cost for key, (cost,) in found.items()}
     for name in run.versions:
-        parts = [costs[stage, name] for stage in stages if stage != "announce"]
+        parts = [costs[stage, name] for stage in ("parse", "access", "store", "reply")]
         costs["rest", name] = costs["announce", name] - sum(parts)
-    print_costs("in process", costs, {"store": "at most 0.50"})
+    limits = {"store": "at most 0.50", "announce with a key": "at most 1.10"}
+    print_costs("in process", costs, limits)
 
 
 def stages_of(app, folder, workload, clock):
@@ -481,6 +482,16 @@ def stages_of(app, folder, workload, clock):
         "store": (lambda each, now: tracker.store.announce(each, 50, now), parsed),
         "reply": (lambda result, now: reply(*result, settings), results),
     }
+    if hasattr(module, "Member"):
+        (folder / "keys.txt").write_text(f"{'k' * 26} Ana\n")
+        for_members = open_application(app, folder, private=True)[1]
+        path = f"/{'k' * 26}/announce"
+        with_key = [{**environ, "PATH_INFO": path} for environ in environs]
+        clock.now += 100  # the list is settled
+        [body] = for_members(with_key[0], start_response)
+        assert b"failure" not in body, body
+        work = lambda environ, now: for_members(environ, start_response)  # noqa: E731
+        stages["announce with a key"] = work, with_key
     return {name: partial(clock.cost, *stage) for name, stage in stages.items()}
 
 

@@ -386,7 +386,6 @@ _CGI = {"path": "/tracker/app.py", "folder": "public_html/tracker", "peers": 3}
 HOSTS = {
     "python app.py": Host(partial(alone, words=["python"])),
     "gunicorn": Host(partial(alone, words=["gunicorn", "-w 4"])),
-    "gunicorn with PasteDeploy": Host(partial(alone, words=["--paste"]), ("paste",)),
     "uWSGI": Host(partial(alone, words=["uwsgi", "port="]), ("pyuwsgi",)),
     "waitress": Host(partial(alone, words=["waitress"], number=2), ("waitress",)),
     "granian": Host(partial(alone, words=["granian"]), ("granian",)),

@@ -56,9 +56,12 @@ class Server:
         """Wait until the tracker answers; raise RuntimeError if it does not."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self.process.poll() is None:
-            with suppress(OSError, ValueError):
+            try:
                 with urlopen(f"{self.url}/stats.json", timeout=5) as response:
                     json.load(response)
+                    return
+            except (OSError, ValueError) as error:
+                if getattr(error, "code", 0) == 403:  # it is private
                     return
             time.sleep(0.02)
         raise RuntimeError(f"the server did not start. Its output:\n{self.log()}")

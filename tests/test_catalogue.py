@@ -91,7 +91,7 @@ def answer(catalogue, info_hash, now):
 def test_auto_is_any_until_something_is_listed(worker, tmp_path, track, before, after):
     catalogue = worker(track)
     assert answer(catalogue, HASH, NOW) == before
-    assert catalogue.is_open() == (before is None)
+    assert catalogue.is_open == (before is None)
     listed = put(tmp_path)
     assert catalogue.tracks(listed, NOW + 1)
     assert answer(catalogue, HASH, NOW + 1) == after
@@ -118,7 +118,7 @@ def test_deny_wins(worker, tmp_path, track):
     (tmp_path / "deny.txt").write_text(listed.hex() + "\n" + HASH.hex())
     catalogue = worker(track)
     assert answer(catalogue, listed, NOW) == answer(catalogue, HASH, NOW) == LISTED
-    assert not catalogue.torrents and not catalogue.find(listed.hex())
+    assert not catalogue.torrents and not catalogue.find(listed.hex(), NOW)
     assert catalogue.denied == {listed, HASH}
 
 
@@ -146,9 +146,9 @@ def test_the_folder_is_searched_for_torrents(worker, tmp_path):
     catalogue.refresh(NOW)
     assert names(catalogue) == ["a", "b", "c"] and len(catalogue.by_hash) == 3
     assert {*catalogue.torrents} == {"isos/linux/a.torrent", "b.torrent", "c.torrent"}
-    assert catalogue.find(a.hex()).path == "isos/linux/a.torrent"
-    assert catalogue.find(b.hex().upper()).path == "b.torrent"
-    assert not catalogue.find(b.hex() + 24 * "0") and not catalogue.find("x")
+    assert catalogue.find(a.hex(), NOW).path == "isos/linux/a.torrent"
+    assert catalogue.find(b.hex().upper(), NOW).path == "b.torrent"
+    assert not any(catalogue.find(x, NOW) for x in (b.hex() + 24 * "0", "x"))
     assert {*catalogue.skipped} == {"loop.torrent"} and not catalogue.unread
 
 
@@ -249,7 +249,7 @@ def test_a_torrent_in_two_places_is_one(worker, tmp_path, caplog, gone, stays):
 def test_an_empty_list_is_a_list(worker, tmp_path, text):
     (tmp_path / "allow.txt").write_text(text)
     for each in (worker(), worker()):
-        assert answer(each, HASH, NOW) == LISTED and not each.is_open()
+        assert answer(each, HASH, NOW) == LISTED and not each.is_open
     assert worker("any").tracks(HASH, NOW)
 
 
@@ -297,7 +297,7 @@ def test_lists_in_any_encoding(
             assert each.tracks(OTHER, now) == (is_kept and name == "allow.txt")
             is_known = is_read or is_kept or name == "allow.txt"
             assert each.tracks(listed, now) == is_known
-        assert not each.is_open()
+        assert not each.is_open
         problem = f"{path}: it cannot be read: it is not text. Save it as UTF-8"
         assert each.problems == [problem] * (not is_read)
     said = [record.getMessage() for record in caplog.records]
@@ -392,7 +392,7 @@ def test_any_accident_to_a_list_leaves_hashes_and_problems(cases):
     for _ in range(cases(5000)):
         data = mutated(random, whole.encode("utf-8-sig"))
         try:
-            hashes, problems = bitbreeze.parse_hashes(data, "allow.txt")
+            hashes, problems = bitbreeze.parse_list(data, "allow.txt")
         except OSError:
             assert b"\0" in data
             continue
@@ -418,7 +418,7 @@ def test_a_changed_list_counts_when_it_is_settled(worker, tmp_path, text, second
         assert answer(catalogue, OTHER, now + second) == LISTED
     assert catalogue.tracks(OTHER, now + seconds[-1]) == (text != "")
     is_open = text is None  # an empty list is a list
-    assert catalogue.tracks(HASH, now + seconds[-1]) == is_open == catalogue.is_open()
+    assert catalogue.tracks(HASH, now + seconds[-1]) == is_open == catalogue.is_open
 
 
 def test_a_new_list_counts_when_it_is_settled(worker, tmp_path):
@@ -450,13 +450,13 @@ def test_a_list_may_change_while_it_is_read(worker, tmp_path, monkeypatch, text)
     assert catalogue.tracks(HASH, now)
     path.write_text(OTHER.hex())
     os.utime(path, (now - 100, now - 100))
-    parse_hashes = bitbreeze.parse_hashes
+    parse_list = bitbreeze.parse_list
 
     def meanwhile(*arguments):
         put_list(path, text)
-        return parse_hashes(*arguments)
+        return parse_list(*arguments)
 
-    monkeypatch.setattr(bitbreeze, "parse_hashes", meanwhile)
+    monkeypatch.setattr(bitbreeze, "parse_list", meanwhile)
     assert catalogue.tracks(HASH, now + 1) and not catalogue.tracks(OTHER, now + 1)
 
 
@@ -495,7 +495,7 @@ def test_removed_files_are_forgotten(worker, tmp_path):
     assert not catalogue.tracks(b, now + 3) and catalogue.tracks(a, now + 3)
     assert names(catalogue) == ["a"] and len(catalogue.by_hash) == 1
     shutil.rmtree(tmp_path / "torrents")
-    assert catalogue.tracks(OTHER, now + 100) and catalogue.is_open()
+    assert catalogue.tracks(OTHER, now + 100) and catalogue.is_open
 
 
 def test_a_file_written_over_counts_as_before_until_it_is_whole(worker, tmp_path):
@@ -541,7 +541,7 @@ def test_one_list_that_cannot_be_read_counts_as_before(worker, tmp_path, caplog,
     (tmp_path / "data/torrents.json").unlink()
     new = worker()
     assert answer(new, THIRD, NOW) == READING  # it may be listed
-    assert not new.is_open() and new.unread == [str(path)]
+    assert not new.is_open and new.unread == [str(path)]
     assert new.tracks(HASH, NOW) == (name == "torrents")
     assert new.tracks(listed, NOW) == (name == "allow.txt")
     assert not new.tracks(OTHER, NOW)

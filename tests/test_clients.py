@@ -190,14 +190,14 @@ def hashes(info):
     return found + ([both.v2.to_bytes()[:20]] if both.has_v2() else [])
 
 
-def scraped(server, info):
-    files = scrape(server.url, *hashes(info))[b"files"]
+def scraped(server, info, path=""):
+    files = scrape(server.url + path, *hashes(info))[b"files"]
     return [files[info_hash] for info_hash in hashes(info)]
 
 
-def seeded(server, info):
+def seeded(server, info, path=""):
     """Return whether the tracker counts one seeder in each swarm of a torrent."""
-    return all(file[b"complete"] == 1 for file in scraped(server, info))
+    return all(file[b"complete"] == 1 for file in scraped(server, info, path))
 
 
 def snatched(server, info):
@@ -298,6 +298,84 @@ def own_address():
         probe.connect(("192.0.2.1", 9))  # this sends nothing
         return probe.getsockname()[0]
     pytest.skip("NOT TESTED is a client that needs another address than 127.0.0.1")
+
+
+PRIVATE = {
+    "member": "m" * 26,
+    "revoked": "r" * 26,
+    "expired": "e" * 26,
+    "stranger": "",
+}
+
+
+@pytest.fixture
+def private(tmp_path):
+    """python app.py, for members only."""
+    keys = f"{PRIVATE['member']} Ana\n{PRIVATE['expired']} Cy until=2020-02-28\n"
+    (tmp_path / "keys.txt").write_text(keys)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/udp.key").write_bytes(b"k" * 32)
+    port, folder = free_port(), str(tmp_path / "torrents")
+    command = [*APP, "--port", str(port), "--verbose"]
+    env = {"TRACKER_DATA": str(tmp_path / "data"), "TRACKER_PRIVATE": "yes"}
+    with serving(command, port, env | {"TRACKER_TORRENTS": folder}) as server:
+        yield server
+        assert "Traceback" not in server.log()
+        assert not any(key in server.log() for key in PRIVATE.values() if key)
+
+
+PATH, PASSKEY = "/{}/announce", "/announce?passkey={}"
+MEMBERS = [("libtorrent over UDP", PATH), ("libtorrent over UDP", PASSKEY)]
+MEMBERS += [("libtorrent", PASSKEY), ("aria2", PATH), ("aria2", PASSKEY)]
+MEMBERS += [("Transmission", PATH), ("qBittorrent", PASSKEY), ("qBittorrent", PATH)]
+
+
+@pytest.mark.parametrize(("name", "form"), MEMBERS)
+def test_members_share_and_others_do_not(private, tmp_path, name, form):
+    address, key = own_address(), PRIVATE["member"]
+    scheme = "udp" if "UDP" in name else "http"
+    url = f"{scheme}://{address}:{private.port}{form}"
+    site = f"http://{address}:{private.port}/{key}"
+    info = make_torrent(tmp_path / "seed", site, KINDS["v1"])
+    with session(address=address) as seeding:
+        add(seeding, info, tmp_path / "seed")
+        poll(lambda: seeded(private, info, f"/{key}"), 20, "the seeder's announce")
+        for who in ("revoked", "expired") * (form == PATH) + ("stranger", "member"):
+            folder = tmp_path / f"{name}-{who}/leech"
+            folder.mkdir(parents=True)
+            metainfo = {b"announce": url.format(PRIVATE[who]).encode()}
+            metainfo[b"info"] = bencoder.bdecode(info.info_section())
+            torrent = folder.with_name("x.torrent")
+            torrent.write_bytes(bencoder.bencode(metainfo))
+            refusals = private.log().count("refused: this tracker needs a key")
+            with leeching(name, folder, torrent, address):
+                if who == "member":
+                    poll(partial(is_whole, folder / "payload"), 60, "the download")
+                else:
+                    reason = "refused: this tracker needs a key"
+                    poll(partial(has_more, private, reason, refusals), 60, "a refusal")
+
+
+def has_more(server, text, number):
+    return server.log().count(text) > number
+
+
+@contextmanager
+def leeching(name, folder, torrent, address):
+    """Run a client that downloads a torrent."""
+    if name not in COMMANDS:
+        with session(address=address) as client:
+            add(client, libtorrent.torrent_info(str(torrent)), folder)
+            yield
+        return
+    command = COMMANDS[name](folder, free_port(), torrent)
+    with open(folder.with_name("log"), "wb") as log:
+        client = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            yield
+        finally:
+            client.kill()
+            client.wait()
 
 
 def aria2_command(folder, port, torrent):

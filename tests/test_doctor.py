@@ -136,7 +136,7 @@ def all_good(folder):
         (bad_names, "any", WARNING, "/⟨U+000A⟩⟨U+001B⟩[2J.torrent is skipped"),
         (bad_names, "any", WARNING, "{}/torrents/⟨U+202E⟩gnp.torrent is skipped"),
         (bad_names, "any", WARNING, "{}/torrents/שלום.torrent is skipped"),
-        (denied, "any", WARNING, "{}/deny.txt, line 2: not 40 or 64 hex digits, skip"),
+        (denied, "any", WARNING, "{}/deny.txt, line 2: not 40 or 64 hex digits, nor a"),
         (denied, "any", WARNING, "{}/deny.txt: 4 more lines like these, skipped."),
         (doubled, "any", WARNING, "d⟨U+000A⟩.torrent is skipped: it is the same torre"),
         (wide, "auto", FAILURE, "{}/allow.txt: it cannot be read: it is not text. Sav"),
@@ -206,7 +206,7 @@ def test_a_folder_that_cannot_be_written(tracker, tmp_path):
     assert version.text.startswith(f"This is BitBreeze {bitbreeze.__version__} with ")
     assert finding.level == FAILURE
     assert f"{tmp_path / 'data'} cannot be used: File exists." in finding.text
-    assert "set data elsewhere" in finding.text
+    assert "set data to a folder on a local disk" in finding.text
 
 
 # A tracker from outside. Each front is a way to spoil it.
@@ -323,7 +323,7 @@ def showing(path, content, prefix=""):
 
 
 wsgi_ini = showing("/wsgi.ini", (ROOT / "wsgi.ini").read_bytes())
-stats = showing("/data/stats.json", b'{"counters": {"scrapes": 1}, "history": []}')
+stats = showing("/data/stats.json", b'{"counters": {"scrapes": 1}}')
 count = showing("/data/swarms.count", bytes(16))
 below = showing("/wsgi.ini", b"[tracker]\ndata = /data\n", "/app.py")
 
@@ -476,7 +476,9 @@ def run(*arguments, **environ):
 def test_the_command_examines_the_host(tmp_path):
     done = run(TRACKER_DATA=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"ok       The data folder {tmp_path} can be written." in done.stdout
+    assert (
+        f"ok       The data folder {tmp_path} can be written and locked." in done.stdout
+    )
     bad_names(tmp_path)
     denied(tmp_path)
     done = run(TRACKER_DATA=str(tmp_path), TRACKER_TORRENTS=str(tmp_path / "torrents"))

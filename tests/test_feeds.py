@@ -74,7 +74,10 @@ def test_feed_of_a_search_and_of_a_category(site, tmp_path):  # noqa: F811
 
 def test_feed_stays_short(site):  # noqa: F811
     names = [f"n{number}" for number in range(120)]
-    feed = parsed(site(*names))
+    client = site(*names)
+    while client.app.tracker.catalogue.unread:
+        client.app.tracker.catalogue.scan(int(time.time()))
+    feed = parsed(client)
     assert [entry.title for entry in feed.entries] == names[:100]
 
 
@@ -197,6 +200,7 @@ def test_json_of_a_torrent(site):  # noqa: F811
         "page": f"{BASE}/torrent/{one}", "download": f"{BASE}/torrent/{one}.torrent",
         "piece_length": 16384, "comment": "hello", "created": None, "created_by": "",
         "web_seeds": [], "magnet": None,
+        "progress": {"mean": None, "leechers": [0] * 10, "unknown": 0},
         "files": [{"path": ["d", "f"], "size": 3}, {"path": ["g"], "size": 4}],
     }  # fmt: skip
 
@@ -207,8 +211,6 @@ def test_stats_are_the_totals(tracker):
     client.announce(2, event="paused")
     _, headers, body = client.get("/stats.json")
     numbers = json.loads(body)
-    ((_, *sample),) = numbers.pop("history")
-    assert sample == [1, 0, 1]  # of the first announce
     assert numbers == {
         "version": bitbreeze.__version__,
         "seeders": 1,

@@ -42,7 +42,7 @@ def test_announce_of_libtorrent():
     assert announce.peer_id == b"-LT2110-abc\xff '!*().~"
     assert announce.address == bytes((192, 0, 2, 1))
     assert announce[3:7] == (6881, 16384, "started", 200)
-    assert announce[8:] == (True, True, "")
+    assert announce[8:] == (True, True, 0)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_names_and_numbers_may_be_escaped(change):
     announce = read(environ(query))
     assert announce.info_hash == b"%A" + b"a" * 18 and announce.peer_id[-1:] == b"7"
     assert announce[3:7] == (6881, 7, "completed", 5)
-    assert announce[8:] == (False, True, "")
+    assert announce[8:] == (False, True, None)
     assert read(environ(query.replace(*change))) == announce
 
 

@@ -40,7 +40,7 @@ def check_as_libtorrent(folder, path):
     assert torrent.v1 == (str(hashes.v1) if hashes.has_v1() else "")
     assert torrent.v2 == (str(hashes.v2) if hashes.has_v2() else "")
     assert all(known.tracks(each, NOW) for each in torrent.info_hashes())
-    assert all(known.find(each) for each in (torrent.v1, torrent.v2) if each)
+    assert all(known.find(each, NOW) for each in (torrent.v1, torrent.v2) if each)
     files = getattr(info, "layout", info.files)()  # the latter until libtorrent 2.1
     real = [i for i in range(files.num_files()) if not files.file_flags(i) & PADDING]
     assert torrent.files == len(real)

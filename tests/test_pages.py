@@ -73,7 +73,7 @@ def test_front_page(tracker):
 
 
 def test_front_page_says_what_is_tracked(tracker):
-    assert b"it tracks any\ntorrent" in tracker(track="any").get("/")[2]
+    assert b"it tracks any torrent" in tracker(track="any").get("/")[2]
     assert b"tracks only the torrents" in tracker(track="listed").get("/")[2]
 
 

@@ -1,15 +1,12 @@
-"""Statistics: exact counts of all processes, and a sample an hour, in one file."""
+"""Statistics: exact counts of all processes, in one file."""
 
 import ast
 import fcntl
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from fcntl import LOCK_EX
 from pathlib import Path
 
 import pytest
@@ -18,18 +15,10 @@ from servers import announce, cgi, free_port, gunicorn, poll, serving, uwsgi
 
 import app as bitbreeze
 
-NOON = NOW // 3600  # in hours since 1970
-TOTALS = bitbreeze.Totals(3, 2, 1, 7, 4)  # of which a sample has 3, 2 and 4
-
 
 @pytest.fixture
 def stats(tmp_path):
     return bitbreeze.Stats(tmp_path / "data/stats.json")
-
-
-def flush(stats, hour=NOON, totals=lambda now: TOTALS):
-    """Flush at the start of an hour."""
-    stats.flush(hour * 3600, totals)
 
 
 def announces(path):
@@ -54,7 +43,7 @@ def test_what_is_counted(stats):
     expected = {"announces": 4, "announce_nanoseconds": 321, "scrapes": 2}
     expected |= {"failure_full": 1, "failure_request": 2}
     assert stats.counters() == expected
-    flush(stats)
+    stats.flush()
     stats.count("full", None)
     expected |= {"scrapes": 3, "failure_full": 2}
     assert stats.counters() == expected  # the file and what is pending
@@ -62,7 +51,7 @@ def test_what_is_counted(stats):
 
 
 def test_reading_makes_no_file(stats, tmp_path):
-    assert not stats.counters() and not stats.history(NOW)
+    assert not stats.counters()
     assert not list(tmp_path.iterdir())
 
 
@@ -80,7 +69,7 @@ def test_threads_count_exactly(stats):
         for each in range(500):
             count(stats)
             if each % 50 == 0:
-                flush(stats)
+                stats.flush()
                 now_seen = stats.counters()["announces"]
                 assert now_seen > seen
                 seen = now_seen
@@ -88,7 +77,7 @@ def test_threads_count_exactly(stats):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(16)))
     assert stats.counters()["announces"] == 8000
-    flush(stats)
+    stats.flush()
     assert announces(stats.path) == 8000
 
 
@@ -98,7 +87,7 @@ stats = app.Stats(sys.argv[1])
 for now in range(int(sys.argv[2])):
     stats.count("key", 1)
     if now % 10 == 0:
-        stats.flush(now, lambda now: app.Totals(0, 0, 0, 0, 0))
+        stats.flush()
 print("done", flush=True)
 sys.stdin.readline()
 """
@@ -140,23 +129,23 @@ def test_a_forked_child_writes_its_own_counts_only(stats):
             child = os.fork()
         if not child:
             count(stats, 10 * number)
-            flush(stats)
+            stats.flush()
             os._exit(stats.counters()["announces"] < 10 * number)
         children.append(child)
         assert os.waitpid(child, 0)[1] == 0
         count(stats, 10)
-    flush(stats)
+    stats.flush()
     assert announces(stats.path) == 64
 
 
 def test_a_flush_does_not_wait_for_another_process(stats, caplog):
-    flush(stats)
+    stats.flush()
     count(stats, 3)
     with open(f"{stats.path}.lock", "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        stats.flush(NOW, None)
+        stats.flush()
     assert (announces(stats.path), stats.counters()["announces"]) == (0, 3)
-    stats.flush(NOW, None)
+    stats.flush()
     assert announces(stats.path) == 3 and not caplog.records
 
 
@@ -165,13 +154,12 @@ def test_a_flush_does_not_wait_for_another_process(stats, caplog):
 CORRUPT = {
     "empty": "",
     "cut short": '{"counters": {"announces": 1}, "hist',
-    "no counters": '{"history": []}',
+    "no counters": '{"x": []}',
     "a list": "[1, 2]",
-    "a text as a number": '{"counters": {"announces": "1"}, "history": []}',
-    "a negative number": '{"counters": {"announces": -1}, "history": []}',
-    "a number of 5000 digits": '{"counters": {"a": %s}, "history": []}' % ("9" * 5000),
-    "a sample of half a seeder": '{"counters": {}, "history": [[1, 0.5, 1, 1]]}',
-    "no list of samples": '{"counters": {}, "history": [1]}',
+    "a text as a number": '{"counters": {"announces": "1"}}',
+    "a negative number": '{"counters": {"announces": -1}}',
+    "a number of 5000 digits": '{"counters": {"a": %s}}' % ("9" * 5000),
+    "half an announce": '{"counters": {"announces": 0.5}}',
     "nested": "[" * 100_000,
 }
 
@@ -182,10 +170,10 @@ def test_a_corrupt_file_is_kept_aside(stats, caplog, data):
     path.parent.mkdir()
     path.write_text(data)
     count(stats, 2)
-    assert (stats.counters()["announces"], stats.history(NOW)) == (2, [])
+    assert stats.counters()["announces"] == 2
     for _ in range(3):
         count(stats)
-        flush(stats)
+        stats.flush()
     assert announces(path) == 5
     assert Path(f"{path}.damaged").read_text() == data
     assert len(caplog.records) == 1
@@ -226,94 +214,30 @@ def unreadable(path):
 @pytest.mark.parametrize("fault", [full, no_folder, unreadable])
 def test_counts_wait_while_a_disk_fails(stats, fault):
     count(stats)
-    flush(stats)
+    stats.flush()
     for counted in (5, 10):
         mend, reason = fault(Path(stats.path))
         for _ in range(4):
             count(stats)
             with pytest.raises(OSError, match=reason):
-                flush(stats)
+                stats.flush()
         mend()
-        assert stats.history(NOW) == [[NOON, 3, 2, 4]]
         assert stats.counters()["announces"] == counted
         count(stats)
-        flush(stats)
+        stats.flush()
         assert announces(stats.path) == counted + 1
 
 
 def test_a_folder_that_was_removed_comes_back(stats):
     count(stats, 7)
-    flush(stats)
+    stats.flush()
     for path in Path(stats.path).parent.iterdir():
         path.unlink()
     Path(stats.path).parent.rmdir()
     count(stats, 2)
     assert stats.counters()["announces"] == 2
-    flush(stats)
+    stats.flush()
     assert announces(stats.path) == 2
-
-
-# -- History
-
-
-def test_an_hour_has_one_sample(stats):
-    other, counted = bitbreeze.Stats(stats.path), []
-
-    def totals(now):
-        # While the swarms are counted, another process writes its counts and a sample.
-        counted.append(now)
-        count(other)
-        flush(other, now // 3600, lambda _: TOTALS)
-        assert announces(stats.path) == len(counted)
-        return TOTALS
-
-    for hour in (NOON, NOON, NOON + 1, NOON + 1, NOON + 3):
-        flush(stats, hour, totals)
-        flush(other, hour, totals)
-    assert [now // 3600 for now in counted] == [NOON, NOON + 1, NOON + 3]
-    assert stats.history((NOON + 3) * 3600) == [
-        [hour, 3, 2, 4] for hour in (NOON, NOON + 1, NOON + 3)
-    ]
-
-
-def test_a_count_of_swarms_that_fails_is_begun_again(stats):
-    def fail(now):
-        raise OSError("broken")
-
-    count(stats)
-    with pytest.raises(OSError, match="broken"):
-        flush(stats, totals=fail)
-    assert (announces(stats.path), stats.history(NOW)) == (1, [])
-    flush(stats)
-    assert stats.history(NOW) == [[NOON, 3, 2, 4]]
-
-
-def test_a_month_is_kept(stats):
-    hours = range(NOON, NOON + 800)
-    stats._update(LOCK_EX, [[hour, 1, 2, 3] for hour in hours[:740]], hours[739])
-    for hour in hours[740:]:
-        flush(stats, hour)
-    now = hours[-1] * 3600
-    assert [sample[0] for sample in stats.history(now)] == list(hours[-744:])
-    assert len(json.loads(Path(stats.path).read_bytes())["history"]) == 744
-    assert Path(stats.path).stat().st_size < 30_000
-    assert len(stats.history(now + 700 * 3600)) == 44
-
-
-@pytest.mark.parametrize("wrong", [5, 9999, -5, -9999, -NOON])
-@pytest.mark.parametrize("known", [10, 744])
-def test_a_wrong_clock_costs_as_many_hours_as_it_was_wrong(stats, known, wrong):
-    before = [[NOON - hour, 1, 1, 1] for hour in range(known)]
-    stats._update(LOCK_EX, before, NOON)
-    for hour in range(3):
-        flush(stats, NOON + wrong + hour)
-    after = stats.history(NOW)
-    assert len([sample for sample in after if sample in before]) >= known - 3
-    assert all(sample[0] <= NOON for sample in after)
-    hours = range(NOON + 1, NOON + 4)
-    for hour in hours:
-        flush(stats, hour)
-    assert [sample[0] for sample in stats.history(NOW + 3 * 3600)][-3:] == list(hours)
 
 
 # -- In the tracker
@@ -351,19 +275,6 @@ def test_refusals_are_of_a_known_kind():
     assert kinds and kinds | {"request", "internal", "store"} == set(bitbreeze.FAILURES)
 
 
-@pytest.mark.parametrize("port", [1001, "x"], ids=["answered", "refused"])
-def test_requests_take_the_sample(tracker, monkeypatch, port):
-    client = tracker(track="any")
-    monkeypatch.setattr(bitbreeze.time, "time", lambda: NOON * 3600 + 0.5)
-    client.announce(1, left=0)
-    monkeypatch.setattr(bitbreeze.time, "time", lambda: NOON * 3600 + 3600.5)
-    client.announce(1, left=0, port=port)
-    assert client.app.tracker.stats.history(NOW + 3600) == [
-        [NOON, 1, 0, 1],
-        [NOON + 1, 1, 0, 1],
-    ]
-
-
 def test_a_fault_in_maintenance_does_not_spoil_the_reply(tracker, monkeypatch, caplog):
     client = tracker()
     monkeypatch.setattr(client.app.tracker, "run_maintenance", lambda now: 1 / 0)
@@ -374,21 +285,16 @@ def test_a_fault_in_maintenance_does_not_spoil_the_reply(tracker, monkeypatch, c
     assert caplog.text.count("'maintenance' failed") == 1
 
 
-def test_a_cgi_program_writes_at_once(tmp_path, settings):
-    store, now = bitbreeze.FileStore(tmp_path, settings), int(time.time())
-    for number in range(300):
-        info_hash = bytes((number % 256,)) + number.to_bytes(19, "big")
-        peer = bitbreeze.Announce(info_hash, peer_id(1), b"\x0b\0\0\1", 6881, 0)
-        store.announce(peer, 0, now)
+def test_a_cgi_program_writes_at_once(tmp_path):
     stats = bitbreeze.Stats(tmp_path / "stats.json")
     cgi(tmp_path)
-    assert stats.history(int(time.time()))[0][1:] == [300, 1, 301]
+    assert announces(stats.path) == 1
     cgi(tmp_path)
     assert announces(stats.path) == 2
 
 
 def test_a_process_that_ends_waits_for_the_lock(stats):
-    flush(stats)
+    stats.flush()
     with open(f"{stats.path}.lock", "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         process = start(stats.path, 1)

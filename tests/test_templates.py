@@ -9,6 +9,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 from servers import announce, free_port, gunicorn, serving
 from test_pages import DETAILS, MARKUP, put
+from test_torrents import torrent_of
 
 # Chromium in a container needs the first two. The others stop requests to other hosts.
 OPTIONS = [
@@ -69,6 +70,8 @@ class Visit:
     def _look_at(self, request):
         if not request.url.startswith((self.site, "data:")):
             self.wrong.append(f"asked for {request.url}")
+        if "referer" in request.headers:
+            self.wrong.append(f"sent a Referer with {request.url}")
 
     def follow(self, link):
         """Click on a link, and wait for the next page."""
@@ -84,7 +87,7 @@ def visit(browser, site):
     """Return a function that opens a Visit at a path; errors in it fail the test."""
     visits = []
 
-    def go(path, **window):
+    def go(path, site=site, **window):
         visits.append(Visit(browser, site, **window))
         visits[-1].page.goto(site + path)
         return visits[-1]
@@ -113,13 +116,18 @@ def test_pages_fit_and_are_accessible(visit, tmp_path, width, scheme):
     paths["torrent"] = links.nth(NAMES.index("plain.iso")).get_attribute("href")
     for name, path in paths.items():
         visited.page.goto(visited.site + path)
-        visited.page.screenshot(path=tmp_path / f"{name}.png", full_page=True)
-        faults = Axe().run(visited.page).response["violations"]
-        assert [(fault["id"], fault["impact"]) for fault in faults] == [], name
-        wide = visited.page.evaluate("document.documentElement.scrollWidth")
-        assert wide <= width, f"{name} is {wide} pixels wide"
+        check(visited.page, tmp_path / f"{name}.png", width)
         if name == "error":  # Chromium writes the status to its console
             assert "404" in visited.wrong.pop()
+
+
+def check(page, screenshot, width):
+    """Fail unless a page is accessible and fits into a window."""
+    page.screenshot(path=screenshot, full_page=True)
+    faults = Axe().run(page).response["violations"]
+    assert [(fault["id"], fault["impact"]) for fault in faults] == [], screenshot
+    wide = page.evaluate("document.documentElement.scrollWidth")
+    assert wide <= width, f"{screenshot} is {wide} pixels wide"
 
 
 def test_search_sort_and_next_page(visit):
@@ -174,3 +182,69 @@ def test_a_torrent_and_its_download_by_keyboard(visit, tmp_path):
     made = libtorrent.bdecode((tmp_path / "got").read_bytes())
     assert made[b"announce"].decode() == f"{visited.site}/announce"
     assert str(libtorrent.torrent_info(made).info_hash()) == one
+
+
+# For members only
+
+
+MEMBER = "p" * 26
+
+
+@pytest.fixture
+def private(tmp_path):
+    """Return the URL of a private tracker; the key MEMBER may publish there."""
+    (tmp_path / "keys.txt").write_text(f"{MEMBER} Ana publish\n")
+    folder, port = tmp_path / "torrents", free_port()
+    environ = {"TRACKER_DATA": str(tmp_path / "data"), "TRACKER_PRIVATE": "yes"}
+    environ["TRACKER_TORRENTS"] = str(folder)
+    with serving(gunicorn(port), port, environ) as server:
+        yield server.url
+        assert "Traceback" not in server.log()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1200, "light")])
+def test_a_member_publishes_and_removes(visit, private, tmp_path, width, scheme):
+    (tmp_path / "new.torrent").write_bytes(torrent_of("new.iso", length=10_000))
+    visited = visit(f"/{MEMBER}/", private, width=width, scheme=scheme)
+    page = visited.page
+    assert f"{private}/{MEMBER}/announce" in page.content()
+    check(page, tmp_path / "member.png", width)
+    # 1. Publish a torrent in a category.
+    page.get_by_label("Torrent file").set_input_files(tmp_path / "new.torrent")
+    page.get_by_label("Category").fill("linux/arch")
+    visited.follow(page.get_by_role("button", name="Publish"))
+    assert page.locator("h1").inner_text() == "new.iso"
+    info_hash = bytes.fromhex(page.locator("dd code").inner_text())
+    for peer, left in enumerate((10_000, 6_500, 100, 0)):
+        url = f"{private}/{MEMBER}"
+        announce(url, info_hash, b"%020d" % peer, 5000 + peer, left=left)
+    page.reload()
+    chart = page.get_by_role("img").get_attribute("aria-label")
+    assert " ".join(chart.split()).endswith(": 1, 0, 0, 1, 0, 0, 0, 0, 0, 1")
+    assert page.get_by_text("they have 44%").is_visible()
+    check(page, tmp_path / "progress.png", width)
+    # 2. Move it, and remove it.
+    visited.follow(page.get_by_role("link", name="Move or remove"))
+    check(page, tmp_path / "edit.png", width)
+    page.get_by_label("Category").fill("bsd")
+    visited.follow(page.get_by_role("button", name="Move", exact=True))
+    assert page.get_by_role("link", name="bsd").is_visible()
+    visited.follow(page.get_by_role("link", name="Move or remove"))
+    visited.follow(page.get_by_role("button", name="Remove"))
+    assert page.url == f"{private}/{MEMBER}/" and visited.names() == []
+    assert list((tmp_path / "torrents/bsd").iterdir()) == []
+
+
+def test_another_site_can_do_nothing(visit, private, tmp_path):
+    visited = visit("/", private)
+    assert visited.page.get_by_text("This tracker needs a key").is_visible()
+    check(visited.page, tmp_path / "stranger.png", 1200)
+    visited.page.set_content(f"""<form method="post" action="{private}/publish"
+        enctype="multipart/form-data"><input type="file" name="torrent"><button>""")
+    (tmp_path / "new.torrent").write_bytes(torrent_of("new.iso"))
+    visited.page.locator("input").set_input_files(tmp_path / "new.torrent")
+    visited.follow(visited.page.locator("button"))
+    assert visited.page.get_by_text("This tracker needs a key").is_visible()
+    assert not (tmp_path / "torrents").exists()
+    assert len(visited.wrong) == 2 and all("403" in each for each in visited.wrong)
+    visited.wrong.clear()

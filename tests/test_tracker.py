@@ -68,7 +68,7 @@ def test_numwant_has_a_default_and_a_most(tracker, numwant, given):
 
 
 def test_intervals_differ_by_a_tenth(tracker):
-    client = tracker(interval=1000, min_interval=100)
+    client = tracker(interval=1000, small_interval=1000, min_interval=100)
     intervals = {client.announce(1)[b"interval"] for _ in range(200)}
     assert len(intervals) > 50
     assert 900 <= min(intervals) < 950 < 1050 < max(intervals) <= 1100
