@@ -3,7 +3,6 @@
 import os
 import random
 import time
-from statistics import median
 
 import bencoder
 import pytest
@@ -44,7 +43,7 @@ def cost(client):
         reply = client.announce(1, HONEST)
         costs.append(time.process_time() - before)
         assert reply[b"peers"] == bytes((192, 0, 2, 1)) + (1002).to_bytes(2, "big")
-    return median(costs)
+    return min(costs)  # others may use the machine meanwhile
 
 
 # -- Floods
