@@ -4317,20 +4317,21 @@ def _reported(task, advice):
 @click.option("--until", metavar="YYYY-MM-DD", help="Last day.")
 def keys(action, name, publish, until):
     """Add a key for NAME and print its link, list names, or revoke NAME's keys."""
-    path, flags = app.tracker.catalogue.lists[2], os.O_RDWR | os.O_CREAT
+    path, data = app.tracker.catalogue.lists[2], app.tracker.store.folder
     key = base64.b32encode(os.urandom(17))[:26].decode().lower()
     new = f"{key} {name}{' publish' * publish}" + (f" until={until}" if until else "")
     if action != "list" and not (name and _name_in(new) == name):
         raise click.ClickException("Give a NAME without #, and a day like 2027-01-31.")
-    advice = "Run this as the user that the server runs as."
-    with _reported(f"change {path}", advice), open(f"{path}.lock", "a") as lock:
+    os.umask(0o077)  # only the server may read the keys
+    with _reported(f"change {path}", "Use sudo."), open(f"{path}.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # other commands wait
         lines = Path(path).read_text().splitlines() if os.path.exists(path) else []
         kept = [line for line in lines if action != "revoke" or _name_in(line) != name]
         kept += [new] * (action == "add")
         if kept != lines:  # the tracker sees the old file or the new one
-            with open(os.open(f"{path}.new", flags | os.O_TRUNC, 0o600), "w") as file:
-                file.writelines(f"{line}\n" for line in kept)
+            Path(f"{path}.new").write_text("".join(f"{line}\n" for line in kept))
+            with suppress(OSError):  # root adds keys for the server's user
+                shutil.chown(f"{path}.new", os.stat(data).st_uid)
             os.replace(f"{path}.new", path)
     link = f"{app.tracker.settings.url or 'http://HOST:6969'}/{key}/"
     members = [line.partition("#")[0].split()[1:] for line in lines if _name_in(line)]

@@ -246,6 +246,25 @@ def test_commands(tmp_path):
     assert ended.stderr == "Error: Give a NAME without #, and a day like 2027-01-31.\n"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="NOT TESTED: only root can do this")
+def test_root_adds_keys_for_the_user_of_the_server(tmp_path):
+    (tmp_path / "data").mkdir()
+    os.chown(tmp_path / "data", 65534, -1)
+    for name in ("Ana", "Bo"):
+        run(tmp_path, "add", name)
+        status = (tmp_path / "keys.txt").stat()
+        assert (status.st_uid, status.st_mode & 0o777) == (65534, 0o600)
+
+
+def test_a_folder_of_another_user(tmp_path):
+    (tmp_path / "keys.txt.lock").mkdir()
+    error = run(tmp_path, "add", "Ana").stderr
+    assert (
+        error
+        == f"Error: Cannot change {tmp_path}/keys.txt: Is a directory. Use sudo.\n"
+    )
+
+
 # Publishing
 
 
