@@ -1240,7 +1240,7 @@ class Catalogue:
             os.replace(old, f"{self.folder}/{below}")
         with self._mutex:
             self._removed, self._checked = old, None
-            self._follow(now)
+            self._follow(now, 5)  # seconds, so that this file is read in any case
         return torrent._replace(path=below)
 
     def metainfo(self, torrent):
@@ -1277,7 +1277,7 @@ class Catalogue:
         finally:
             self._mutex.release()
 
-    def _follow(self, now):
+    def _follow(self, now, seconds=0.04):
         """Scan and write the index if that is due, or load it."""
         try:
             with open(f"{self.index}.lock", "ab") as lock:
@@ -1288,7 +1288,7 @@ class Catalogue:
                 last, started = os.fstat(lock.fileno()), time.monotonic()
                 is_due = not last.st_atime <= now < last.st_mtime
                 if is_new or is_due or self._indexed is None:
-                    self.scan(now)
+                    self.scan(now, seconds)
                     if self._entries != self._indexed:
                         text = json.dumps(self._entries).encode()
                         with open(f"{self.index}.new", "wb") as file:
@@ -4144,7 +4144,7 @@ class BitBreeze(flask.Flask):
         the torrents or their counts change.
         """
         catalogue = self.tracker.catalogue
-        catalogue.refresh(now)
+        catalogue.refresh(now, at_once=True)
         totals, counts = self.tracker.snapshot(now)
         state = catalogue.changed, counts
         if state != self._listing[0]:
