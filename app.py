@@ -698,10 +698,11 @@ class Tracker:
         """Return (Counts, Peers, seconds to the next announce); raise TrackerError."""
         settings, wanted, catalogue = self.settings, announce.numwant, self.catalogue
         catalogue.check(announce.info_hash, now)
-        banned = catalogue.banned
-        if banned and any(ipaddress.ip_address(announce.address) in n for n in banned):
-            reason = "your address is not allowed on this tracker"
-            raise TrackerError(reason, kind="ban")
+        if banned := catalogue.banned:
+            ip = ipaddress.ip_address(announce.address)
+            if any(ip in network for network in banned):
+                reason = "your address is not allowed on this tracker"
+                raise TrackerError(reason, kind="ban")
         progress = progress_of(announce, catalogue.by_hash) if announce.left else 0
         wanted = min(settings.numwant if wanted < 0 else wanted, settings.max_numwant)
         counts, peers = self.store.announce(announce, wanted, now, progress)
@@ -1433,8 +1434,8 @@ class Catalogue:
 # Files that libtorrent loads are listed, with the hashes and sizes that it computes.
 
 MAX_TORRENT_BYTES = 10 * 2**20  # of a .torrent file
-LAST_SECOND = 253402300799  # of the year 9999, after which no date can be formatted
 MAX_PARTS = 2**19  # numbers, strings, lists...: 50,000 files, half a second
+LAST_SECOND = 253402300799  # of the year 9999, after which no date can be formatted
 MAX_DEPTH = 100  # of lists and dictionaries: bencoder recurses, and crashes at 50,000
 _TOKEN = re.compile(rb"(0*\d{1,10}):|i(-?0*\d{1,20})e|[dle]")
 
@@ -1467,7 +1468,7 @@ def path_in(category, torrent):
         form = "up to five names of 50 letters, with / between and no dot before"
         raise TorrentError(f"its category must be {form}")
     name = f"{file_name(torrent.name)} {(torrent.v1 or torrent.v2)[:8]}.torrent"
-    return f"{category}/{name.strip()}" if category else name.strip()
+    return os.path.join(category, name.strip())
 
 
 def file_name(name):
@@ -2351,15 +2352,14 @@ class Swarm:
             record_at = _RECORDS + slot * _RECORD.size
             if at < 0 or rest:  # not found, or by chance across two endpoints
                 continue
-            fields = _RECORD.unpack_from(data, start + record_at)
-            peer_id, key, state, seen4, seen6 = fields
+            peer_id, key, state, *seen = _RECORD.unpack_from(data, start + record_at)
             if (
                 peer_id == announce.peer_id
                 and key == announce.key
                 and not state & PARTIAL
                 and (slot >= leechers) == seeder
             ):
-                seen = (self.now, seen6) if width == 6 else (seen4, self.now)
+                seen[0 if width == 6 else 1] = self.now
                 new = _STATE.pack(state & SNATCHED | progress * PROGRESS, *seen)
                 at = number * PAGE + record_at + _STATE_AT  # for one write
                 if self.map and at < len(self.map):
