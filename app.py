@@ -30,6 +30,7 @@ in reading order:
     Torrent files             what a .torrent file says
     Statistics                counters that all processes share
     File store                the contract of a store; peers in locked files
+    Redis store               the same contract over Redis or Valkey
     Templates                 style sheet and pages
     Pages and feeds           list, torrent, publishing, RSS, JSON, metrics
     Doctor                    what may be wrong with this host, and what to set
@@ -111,6 +112,7 @@ class Settings(NamedTuple):
     url: str = ""  # of the front page, if pages and downloads must always show this one
     notice: str = ""  # a sentence that clients show to their users
     data: str = "data"  # folder for peers and statistics, relative to app.py
+    store: str = "files"  # or redis://HOST:6379/0, rediss:// or unix://, for many hosts
     torrents: str = "torrents"  # folder of .torrent files to track and list
     track: str = "auto"  # any, listed, or auto: listed once there is a list
     private: bool = False  # only for the members in keys.txt
@@ -194,6 +196,9 @@ def parse_setting(name, value):
     elif name == "track":
         value, expected = text.lower(), "any, listed or auto"
         is_right = value in ("any", "listed", "auto")
+    elif name == "store":
+        value, expected = text, "files, or a URL such as redis://HOST:6379/0"
+        is_right = re.fullmatch(r"files|(redis|rediss|unix)://\S+", text)
     elif name == "url":
         value = text.rstrip("/")
         expected = "a URL such as https://tracker.example.org, in ASCII"
@@ -637,6 +642,8 @@ class Tracker:
     def __init__(self, settings):
         data, torrents = HERE / settings.data, HERE / settings.torrents
         self.settings, self.store = settings, FileStore(data, settings)
+        if settings.store != "files":
+            self.store = RedisStore(settings.store, data, settings)
         self.catalogue = Catalogue(torrents, data / "torrents.json", settings.track)
         self.stats = Stats(data / "stats.json")
         self._small = min(settings.small_interval, settings.interval)
@@ -1839,6 +1846,14 @@ MAPPABLE = "ext2", "ext3", "ext4", "xfs", "tmpfs"
 _FLAGS = os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOATIME", 0)
 
 
+# Why an announce is not kept.
+REASONS = {
+    "key": "peer_id is in use with another key: restart your client",
+    "address": "your address has {0.max_peers_per_address} peers in this swarm already",
+    "swarms": "this tracker is full: it tracks {0.max_swarms} torrents already",
+}
+
+
 class DamagedError(Exception):
     """A swarm file is corrupt."""
 
@@ -1954,6 +1969,7 @@ class FileStore:
     def __init__(self, folder, settings):
         """Keep peers below ``folder``; the first announce creates it."""
         self.folder, self.settings = str(folder), settings
+        self.place = self.folder  # for the operator
         self._next = int(random() * 256)  # the folder to tidy
         self._is_mappable = file_system(self.folder) in MAPPABLE
         self.close_files()
@@ -2012,7 +2028,7 @@ class FileStore:
         """
         for info_hash, found in self._walk(range(256), clock, Swarm.records):
             snatches, pages = found or (0, [])
-            if snatches or any(page.peers for page in pages):
+            if snatches or next(chain.from_iterable(pages), None):
                 yield info_hash, snatches, chain.from_iterable(pages)
 
     def peers(self, info_hash, now):
@@ -2025,23 +2041,9 @@ class FileStore:
         for _ in self._walk(range(256), lambda: now, Swarm.retire):
             pass
 
-    def restore(self, info_hash, snatches, peers, now):
-        """Merge peers and snatches that ``records`` yielded, here or on another host.
-
-        A peer whose peer_id or endpoint is known here is left as it is here, because
-        clients announce again soon. The larger number of snatches wins. So merging
-        twice is the same as merging once. Expired peers are left out, and a peer seen
-        in the future counts as seen now.
-        Return how many peers are (kept, expired, refused by max_peers or
-        max_peers_per_address); raise TrackerError if there are too many swarms.
-        """
-        cutoff, known = now - self.settings.peer_ttl, list(peers)
-        live = [(unexpired(record, cutoff, now), seeder) for record, seeder in known]
-        live = [(record, seeder) for record, seeder in live if record]
-        create = bool(live or snatches)
-        done = self._visit(info_hash, now, create, Swarm.restore, snatches, live)
-        refused = done or 0
-        return len(live) - refused, len(known) - len(live), refused
+    def raise_snatches(self, info_hash, snatches, now):
+        """Count at least so many snatches; raise TrackerError as ``announce`` does."""
+        self._visit(info_hash, now, True, Swarm.raise_snatches, snatches)
 
     def last_seen(self, info_hash, now):
         """Return roughly when a peer last announced, 0 if that is unknown."""
@@ -2169,8 +2171,7 @@ class FileStore:
 
         def create(swarms, live):
             if 0 < most <= live:
-                reason = f"this tracker is full: it tracks {live} torrents already"
-                raise TrackerError(reason, kind="full")
+                raise refusal("swarms", self.settings)
             os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
             os.close(os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o600))
             return swarms + 1, live
@@ -2390,9 +2391,7 @@ class Swarm:
         owner = self._owner(endpoint, page.number) if is_moved else None
         is_gained = is_moved and not owner and known[:-2] != announce.address
         if is_gained and self._has_many(announce.address):
-            most = self.settings.max_peers_per_address
-            reason = f"your address has {most} peers in this swarm already"
-            raise TrackerError(reason, kind="full")
+            raise refusal("address", self.settings)
         new = updated(old, announce, self.now, progress)
         if slot < 0 and not owner and 0 < self.settings.max_peers <= self.tally[0]:
             return new.endpoints(), True
@@ -2423,8 +2422,7 @@ class Swarm:
         return new.endpoints(), not any(known) or announce.event == "started"
 
     def counts(self):
-        peers, leechers, partial_seeds = self.tally
-        return Counts(peers - leechers, leechers, partial_seeds, self.snatches)
+        return counts_of(*self.tally, self.snatches)
 
     def last_seen(self):
         """Return when a peer in the first page last announced."""
@@ -2435,24 +2433,9 @@ class Swarm:
         copies = [Page(p.number, bytes(p.data[:PAGE])) for p in self._all_pages()]
         return self.snatches, copies
 
-    def restore(self, snatches, peers):
-        """Merge (Record, is_seeder) of peers; return how many the limits kept out."""
-        refused, self.snatches = 0, max(snatches, self.snatches)
-        for record, seeder in peers:
-            page, slot = self._locate(record.peer_id)
-            ends = record.endpoints()
-            if slot >= 0 or any(self._owner(end, page.number) for end in ends):
-                continue
-            is_full = 0 < self.settings.max_peers <= self.tally[0]
-            if is_full or any(self._has_many(end[:-2]) for end in ends if end):
-                refused += 1
-                continue
-            page = self._page_with_room(record.peer_id)
-            page.add(record, seeder)
-            self._save(page)
-        if self._head() != self.head[_PAGE_HEAD.size :]:
-            self._save(self.first)
-        return refused
+    def raise_snatches(self, snatches):
+        self.snatches = max(self.snatches, snatches)
+        self._save(self.first)
 
     def counts_or_retire(self, keep=True):
         """Return Counts if the swarm has peers, or snatches that are worth keeping."""
@@ -2930,7 +2913,8 @@ def spread(wanted, ids, ends4, ends6):
     pairs = zip_longest(chunks(ends4, 6), chunks(ends6, 18), fillvalue=b"")
     sources = [[*filter(any, (end4[:4], end6[:6]))] for end4, end6 in pairs]
     totals = Counter(chain.from_iterable(sources))
-    share = wanted if max(totals.values()) == len(sources) else wanted // 4
+    most = max(totals.values(), default=0)
+    share = wanted if most == len(sources) else wanted // 4
     while True:
         most, counts, slots = max(FEW, share), Counter(), []
         for slot, of_peer in enumerate(sources):
@@ -2961,6 +2945,10 @@ def run_of_peers(first, count, ids, ends4, ends6):
         ends4 and (ends4 + ends4)[first * 6 : last * 6],
         ends6 and (ends6 + ends6)[first * 18 : last * 18],
     )
+
+
+def counts_of(peers, leechers, partial_seeds, snatches):
+    return Counts(peers - leechers, leechers, partial_seeds, snatches)
 
 
 def is_seeder(announce):
@@ -2994,9 +2982,14 @@ def key_after(announce, key, known, other):
     may_announce = has_key or is_here or not any(known)
     may_stop = has_key and (is_here or key)
     if not (may_stop if announce.event == "stopped" else may_announce):
-        reason = "peer_id is in use with another key: restart your client"
-        raise TrackerError(reason, kind="key")
+        raise refusal("key", None)
     return key
+
+
+def refusal(cause, settings):
+    """Return the TrackerError for one of REASONS."""
+    text = REASONS[cause].format(settings)
+    return TrackerError(text, kind="key" if cause == "key" else "full")
 
 
 def updated(old, announce, now, progress):
@@ -3045,6 +3038,283 @@ def write_at(fd, data, at):
     """Write bytes at an offset; raise OSError if the disk has no room for them."""
     if os.pwrite(fd, data, at) != len(data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+# -- Redis store ----------------------------------------------------------------------
+# The contract over Redis or Valkey, for trackers on many machines that share peers.
+
+REDIS_SCRIPT = """
+local I, P, T, call, sub = KEYS[1], KEYS[2], KEYS[3], redis.call, string.sub
+local id, e, a = ARGV[1], ARGV[2], cjson.decode(ARGV[3])
+local NONE = {[6] = string.rep('\\0', 6), [7] = string.rep('\\0', 18)}
+local FORM, SIZE = '<c20I4BI4I4c6c18', 57
+call('setrange', P, 0, '')  -- with a full memory it fails here, before any change
+local now, ttl = a.now or tonumber(call('time')[1]), a.ttl
+local stopped = a.event == 'stopped'
+local n = call('hmget', I, 'p', 'l', 'd', 's')  -- see RedisStore
+for i = 1, 4 do n[i] = tonumber(n[i] or 0) end
+
+local function get(from, to)
+  return from < to and call('getrange', P, from * SIZE, to * SIZE - 1) or ''
+end
+local function read(at) return {struct.unpack(FORM, get(at, at + 1))} end
+local function put(at, record)
+  call('setrange', P, at * SIZE, record)
+  call('hset', I, sub(record, 1, 20), at)
+end
+local function move(from, to) if from ~= to then put(to, get(from, from + 1)) end end
+local function run(from, to, most)  -- from a random peer on, past the end too
+  local first = from + math.floor(a.chance * (to - from))
+  local last = first + math.min(most, to - from)
+  return get(first, math.min(last, to)) .. get(from, from + last - to)
+end
+local function source(e) return 'a' .. sub(e, 1, #e == 6 and 4 or 6) end
+local function tally(r, by)  -- the endpoints of a record come or go
+  for f = 6, 7 do
+    local e, from = r[f], source(r[f])
+    if e ~= NONE[f] then
+      if call('hincrby', I, from, by) < 1 then call('hdel', I, from) end
+      if by < 0 and call('hget', I, e) == r[1] then call('hdel', I, e)
+      elseif by > 0 and sub(e, -2) ~= '\\0\\0' then call('hset', I, e, r[1]) end
+    end
+  end
+end
+local function remove(id)  -- the last leecher and the last seeder fill the gaps
+  local at = tonumber(call('hget', I, id))
+  local r, leeches = read(at), at < n[2]
+  tally(r, -1)
+  call('hdel', I, id)
+  call('zrem', T, id)
+  if leeches then
+    n[2], n[3] = n[2] - 1, n[3] - r[3] % 2
+    move(n[2], at)
+    at = n[2]
+  end
+  n[1] = n[1] - 1
+  move(n[1], at)
+  return r[3], leeches
+end
+local function save()
+  if n[1] == 0 then call('unlink', I, P, T) end
+  if n[1] + n[4] == 0 then return end
+  call('hset', I, 'p', n[1], 'l', n[2], 'd', n[3], 's', n[4])
+  call('expire', I, ttl + (n[4] > 0 and a.kept or 120))
+  call('expire', P, ttl + 120)
+  call('expire', T, ttl + 120)
+end
+
+-- 1. Forget expired peers: all at once, or some of many.
+local newest = tonumber(call('zrevrange', T, 0, 0, 'withscores')[2] or now)
+if newest < now - ttl or a.what == 'retire' then
+  n = {0, 0, 0, a.what == 'retire' and 0 or n[4]}
+  save()
+end
+local gone = call('zrangebyscore', T, '-inf', '(' .. now - ttl, 'limit', 0, 50)
+for _, each in ipairs(gone) do remove(each) end
+if #gone > 0 then save() end
+if a.swarms > 0 and n[1] + n[4] == 0 and call('dbsize') >= 3 * a.swarms then
+  return {'swarms'}
+elseif a.what == 'raise_snatches' then
+  n[4] = math.max(n[4], a.snatches)
+  save()
+end
+n[5], n[6], n[7], n[8] = now, n[1] > 0 and newest or 0, NONE[6], NONE[7]
+n[9] = a.what == 'records' and get(0, n[1]) or ''
+if a.what ~= 'announce' then return n end
+-- 2. Find the peer's record, and forget the endpoint in it that has expired.
+local at, changed, leeches, owner = call('hget', I, id), stopped, false, false
+local r = {id, a.key, 0, 0, 0, NONE[6], NONE[7]}
+if at then
+  at = tonumber(at)
+  r, leeches = read(at), at < n[2]
+  for f = 6, 7 do
+    local old = r[f - 2] > 0 and r[f - 2] < now - ttl
+    if old then r[f - 2], r[f], changed = 0, NONE[f], true end
+  end
+elseif stopped then return n end
+-- 3. Is it this peer's client? See key_after.
+local f = #e == 6 and 6 or 7
+local known, other, same = r[f], r[13 - f], r[2] == a.key
+local here, fresh = sub(known, 1, -3) == sub(e, 1, -3), known == NONE[f]
+if here and other == NONE[13 - f] then r[2] = a.key
+elseif stopped and not (same and (here or a.key > 0)) then return {'key'}
+elseif not (stopped or same or here or fresh) then return {'key'} end
+-- 4. Look for another peer that has this endpoint, and at the limits.
+if known ~= e and not stopped then
+  changed = true
+  if sub(e, -2) ~= '\\0\\0' then owner = call('hget', I, e) end
+  if owner == id then owner = false end
+  local others = not (owner or here) and tonumber(call('hget', I, source(e)) or 0)
+  if others and a.each > 0 and others >= a.each then return {'address'} end
+end
+r[f], r[f - 2] = e, now
+if at or owner or a.most == 0 or n[1] < a.most then
+  -- 5. Remove that peer, and count a snatch.
+  local had, partial = r[3], r[3] % 2
+  if owner then
+    local state, leeched = remove(owner)
+    had, leeches = bit.bor(had, state), leeches or leeched and not at
+  end
+  had = bit.band(had, 2)
+  local has = a.seeder and leeches and 2 or had
+  n[4], r[3] = n[4] + (has - had) / 2, has + a.bits
+  -- 6. Write the record in its place, or remove it and add it where it belongs.
+  local record = struct.pack(FORM, unpack(r, 1, 7))
+  if at and not changed and leeches ~= a.seeder and partial == a.bits % 2 then
+    call('setrange', P, at * SIZE, record)
+  else
+    if at then remove(id) end
+    if not stopped then
+      at, n[1] = n[1], n[1] + 1
+      if not a.seeder then  -- the first seeder makes room
+        move(n[2], at)
+        at, n[2], n[3] = n[2], n[2] + 1, n[3] + a.bits % 2
+      end
+      put(at, record)
+      tally(r, 1)
+    end
+  end
+  if not stopped then call('zadd', T, now, id) end
+  save()
+end
+if stopped then return n end
+-- 7. Choose peers. A new seeder gets seeders behind the leechers.
+n[7], n[8], n[9] = r[6], r[7], run(0, a.seeder and n[2] or n[1], a.want)
+if a.seeder and a.want > n[2] and (fresh or a.event == 'started') then
+  n[9] = n[9] .. run(n[2], n[1], a.want - n[2])
+end
+return n
+"""
+_WHOLE = struct.Struct("<20sIBII6s18s")  # a Record
+
+
+class RedisStore(FileStore):
+    """Peers in Redis or Valkey. A script does there what the methods of Swarm do.
+
+    A swarm has three keys, in one slot of a Cluster: bb:{INFO_HASH}:i, :p and :t.
+
+        i  hash: p, l, d and s are the peers, leechers, partial seeds and snatches; by
+           peer_id the number of its Record, by endpoint its peer_id, by "a" and an
+           address or a /48 how many endpoints
+        p  string of Records, 57 bytes each, numbers little-endian, first the leechers
+        t  sorted set of peer_ids by their last announce
+
+    An announce is one call of the script, so a tracker that is killed leaves nothing
+    half done. The time is the engine's: the clocks of hosts differ. Each call forgets
+    50 expired peers, or all if all have expired. The keys of a swarm without announces
+    expire. max_swarms is a third of the keys in the database, or in a Cluster's node.
+    """
+
+    has_clock = True  # the engine has the time
+
+    def __init__(self, url, folder, settings):
+        """Use the engine at ``url`` when it is needed. Raise SettingsError."""
+        try:
+            import redis
+        except ImportError:
+            install = f"{sys.executable} -m pip install redis"
+            raise SettingsError(f"store needs a package. Run: {install}") from None
+        self.folder, self.settings, self._redis = str(folder), settings, redis
+        self.place, self._client = url.rpartition("@")[2], None
+        retry = redis.retry.Retry(redis.backoff.NoBackoff(), 1)
+        options = {"socket_timeout": 1, "socket_connect_timeout": 1, "retry": retry}
+        self._connect = lambda kind: kind.from_url(url, **options)
+
+    @contextmanager
+    def engine(self):
+        """Give the client of redis-py; its errors become OSError."""
+        redis = self._redis
+        try:
+            if not self._client:
+                client = self._connect(redis.Redis)
+                if client.info("cluster")["cluster_enabled"]:
+                    client = self._connect(redis.RedisCluster)
+                self._script = client.register_script(REDIS_SCRIPT)
+                self._client = client
+            yield self._client
+        except (redis.RedisError, redis.exceptions.RedisClusterException) as error:
+            raise OSError(errno.EIO, f"{self.place}: {error}") from None
+
+    def announce(self, announce, wanted, now, progress=0):
+        """Do what FileStore.announce says."""
+        a, s, seeder = announce, self.settings, is_seeder(announce)
+        is_local, partial = is_loopback(a.address), a.event == "paused" and not seeder
+        each = 0 if is_local else s.max_peers_per_address
+        more = {"event": a.event, "key": a.key, "most": s.max_peers, "each": each}
+        more |= {"seeder": seeder, "bits": progress * PROGRESS + partial}
+        given = a.info_hash, now, a.event != "stopped", "announce", a.peer_id
+        # One may be the peer itself. Among sixteen times as many are enough others.
+        for many in (wanted + 1, 16 * wanted):
+            more |= {"want": many, "chance": random()}
+            found = self._call(*given, endpoint_of(a), **more)
+            counts, (seconds, _, *ends, records) = found[:4], found[4:]
+            own = [end if any(end) else b"" for end in ends]
+            count, *columns = usable_records(records, own, seconds - s.peer_ttl)
+            peers = run_of_peers(0, min(wanted, count), *columns)
+            is_crowd = not is_local and any(map(is_crowded, peers[1:], (6, 18)))
+            is_all = len(records) < many * _WHOLE.size
+            if is_all or count >= wanted and not is_crowd:
+                break
+        ids, *ends = spread(wanted, *columns) if is_crowd else peers
+        return counts_of(*counts), Peers(b"" if a.compact else ids, *ends)
+
+    def tidy(self, now):
+        """Do nothing: keys expire in the engine."""
+
+    def probe(self):
+        """Raise OSError if the engine cannot keep peers."""
+        with self.engine() as client:
+            client.set("bb:probe", 1, 60)
+
+    def _count_swarms(self, change=None):
+        return 0, 0  # walks count them
+
+    def _walk(self, folders, clock, work):
+        with self.engine() as client:
+            keys = {*client.scan_iter("bb:{*}:i", 1000)}
+        for info_hash in [bytes.fromhex(key[4:44].decode()) for key in sorted(keys)]:
+            yield info_hash, self._visit(info_hash, clock(), False, work)
+
+    def _visit(self, info_hash, now, create, work, snatches=0):
+        """Return what a method of Swarm returns."""
+        given = info_hash, now, create, work.__name__
+        *counts, seconds, seen, _, _, records = self._call(*given, snatches=snatches)
+        if work is Swarm.records:
+            rows, cutoff = _WHOLE.iter_unpack(records), seconds - self.settings.peer_ttl
+            live = enumerate(unexpired(Record(*row), cutoff, seconds) for row in rows)
+            return counts[3], [[(each, at >= counts[1]) for at, each in live if each]]
+        if work is Swarm.last_seen:
+            return seen
+        return counts_of(*counts) if any(counts) else None
+
+    def _call(self, info_hash, now, create, what, peer_id="", endpoint="", **more):
+        """Return what the script returns; raise TrackerError."""
+        s, more["what"] = self.settings, what
+        more |= {
+            "ttl": s.peer_ttl,
+            "kept": s.swarm_ttl,
+            "swarms": s.max_swarms * create,
+        }
+        if not self.has_clock:
+            more["now"] = now
+        keys = [f"bb:{{{info_hash.hex()}}}:{each}" for each in "ipt"]
+        with self.engine() as client:
+            found = self._script(keys, [peer_id, endpoint, json.dumps(more)], client)
+        if isinstance(found[0], bytes):
+            raise refusal(found[0].decode(), s)
+        return found
+
+
+def usable_records(records, own, cutoff):
+    """Return what usable_peers does, for Records one after the other as bytes."""
+    no4, no6 = bytes(6), bytes(18)
+    rows = [
+        (peer_id, end4 if seen4 >= cutoff else no4, end6 if seen6 >= cutoff else no6)
+        for peer_id, _, _, seen4, seen6, end4, end6 in _WHOLE.iter_unpack(records)
+        if end4 != own[0] and end6 != own[1]
+    ]
+    ids, ends4, ends6 = map(b"".join, zip(*rows, strict=True)) if rows else NO_PEERS
+    return usable_peers(ids, own[0] and ends4, own[1] and ends6, own)
 
 
 is_cgi = __name__ == "__main__" and "GATEWAY_INTERFACE" in os.environ
@@ -3771,7 +4041,7 @@ def health():
     try:
         current_app.tracker.store.probe()
     except OSError as error:
-        reason = f"the data folder cannot be written: {error.strerror}"
+        reason = f"peers cannot be stored: {error.strerror}"
         return {"status": "failing", "reason": reason}, 503, headers
     return {"status": "ok"}, headers
 
@@ -3800,7 +4070,7 @@ def check_host(tracker, now):
     folder = tracker.store.folder
     existed = os.path.isdir(folder)
     try:
-        tracker.store.probe()
+        FileStore.probe(tracker.store)
         yield Finding(OK, f"The data folder {folder} can be written and locked.")
         space = os.statvfs(folder)
         free, files = space.f_bavail * space.f_frsize >> 20, space.f_favail
@@ -3818,7 +4088,28 @@ def check_host(tracker, now):
         fact = f"The data folder {folder} cannot be used: {error.strerror}."
         remedy = "Make it writable, or set data to a folder on a local disk."
         yield Finding(FAILURE, f"{fact} {remedy}")
+    if isinstance(tracker.store, RedisStore):
+        yield from _check_engine(tracker.store)
     yield from _check_lists(tracker.settings, int(now))
+
+
+def _check_engine(store):
+    """Look at Redis: does it answer, and would it drop swarms?"""
+    try:
+        with store.engine() as client:
+            version = client.info("server")["redis_version"]
+            memory = client.config_get("maxmemory*")
+            started = time.perf_counter()
+            store.probe()
+        took = 1000 * (time.perf_counter() - started)
+        yield Finding(OK, f"Redis {version}, {store.place}, answers in {took:.1f} ms.")
+        policy = memory["maxmemory-policy"]
+        if memory["maxmemory"] != "0" and policy != "noeviction":
+            fact = f"With a full memory, Redis drops swarms ({policy})."
+            yield Finding(WARNING, f"{fact} Set its maxmemory-policy to noeviction.")
+    except OSError as error:
+        fact = f"Redis cannot be used: {error.strerror}."
+        yield Finding(FAILURE, f"{fact} Start it, or set store to another.")
 
 
 def _check_lists(settings, now):
@@ -4090,19 +4381,41 @@ def _read_swarm(entry):
 def merge_export(entries, store, clock, done):
     """Merge what read_export yields. Count in ``done``, a Counter, how far it got.
 
-    Untracked torrents are merged, too: the lists decide at every announce.
+    Untracked torrents are merged, too: the lists decide at every announce. The larger
+    number of snatches stays.
     """
     last = None
-    for swarm in entries:
-        is_new, last = swarm[0] != last, swarm[0]  # a large swarm has several lines
+    for info_hash, snatches, peers in entries:
+        is_new, last = info_hash != last, info_hash  # a large swarm has several lines
+        now = int(clock())
         try:
-            kept, expired, refused = store.restore(*swarm, int(clock()))
-            done["swarms"] += is_new
-            done["peers"] += kept
-            done["expired peers left out"] += expired
-            done["peers left out by max_peers or max_peers_per_address"] += refused
+            store.raise_snatches(info_hash, snatches, now)
         except TrackerError:
             done["swarms left out by max_swarms"] += is_new
+            continue
+        done["swarms"] += is_new
+        for record, seeder in peers:
+            done[_merge_peer(store, info_hash, record, seeder, now)] += 1
+
+
+def _merge_peer(store, info_hash, record, seeder, now):
+    """Announce what a client announced elsewhere. Return how to count it.
+
+    So all rules for announces hold. The peer counts as seen now. If it has moved since
+    the export, its next announce puts that right.
+    """
+    record = unexpired(record, now - store.settings.peer_ttl, now)
+    if not record:
+        return "expired peers left out"
+    event, left = "paused" if record.state & PARTIAL else "", 0 if seeder else None
+    try:
+        for end in filter(None, record.endpoints()):
+            known = record.peer_id, end[:-2], int.from_bytes(end[-2:], "big"), left
+            announce = Announce(info_hash, *known, event, 0, record.key)
+            store.announce(announce, 0, now, record.state // PROGRESS)
+    except TrackerError:
+        return "peers left out by keys or limits"
+    return "peers"
 
 
 # -- Application and commands ---------------------------------------------------------
@@ -4245,7 +4558,8 @@ def serve(host, port, workers, udp=True, verbose=False, dev=False, http=True):
         os.environ["BITBREEZE_DEV"] = folder
     tracker = create_app().tracker
     folder = tracker.store.folder
-    with _reported(f"write to {folder}", "Set TRACKER_DATA to another folder."):
+    advice = "Set TRACKER_DATA or TRACKER_STORE to another place."
+    with _reported(f"write to {tracker.store.place}", advice):
         tracker.store.probe()
     # 2. Greet the operator.
     served = ["http"] * http + ["udp"] * udp
@@ -4296,7 +4610,7 @@ def _greeting(tracker, host, port, transports):
     lines = ["BitBreeze serves this tracker until Ctrl-C:"]
     lines += [f"  announce URL  {each}://{name}:{port}/announce" for each in transports]
     lines += [f"  front page    http://{name}:{port}/"] * ("http" in transports)
-    lines += [f"  peers are in  {tracker.store.folder}", f"  it tracks     {tracked}"]
+    lines += [f"  peers are in  {tracker.store.place}", f"  it tracks     {tracked}"]
     return "\n".join(lines)
 
 
@@ -4377,7 +4691,7 @@ def export(path):
     Without FILE, write to standard output. The tracker may be running.
     """
     folder = app.tracker.store.folder
-    if not os.path.isdir(folder):
+    if app.tracker.settings.store == "files" and not os.path.isdir(folder):
         raise click.ClickException(f"There is no {folder}. Set data as for the server.")
     lines = export_lines(app.tracker.store, time.time)
     os.umask(0o077)  # the addresses of peers are in it

@@ -15,6 +15,8 @@ folder. --quick takes a few minutes, but its figures are too rough to quote.
     flat      CPU time per announce from 1,000 to 1,000,000 peers, and in one swarm from
               60 to 200,000 peers; memory of a worker
     pages     a scrape of 60 torrents and the front page with 5,000, in announces
+    redis     CPU time per announce of a tracker and of its Redis, in swarms of 60 to
+              200,000 peers; announces a second, beside peers in files
     start     seconds from the start of a server to its first answer; an announce as a
               CGI program, beside an empty Flask program
 
@@ -147,11 +149,11 @@ def open_application(app, folder, **settings):
     return module, module.create_app({**where, **settings})
 
 
-def fill(app, folder, workload):
+def fill(app, folder, workload, **settings):
     """Announce every peer, in a child process because a store keeps files open."""
 
     def announce_all():
-        module, application = open_application(app, folder)
+        module, application = open_application(app, folder, **settings)
         tracker, total = application.tracker, workload.swarms * workload.peers
         for number in sorted(range(total), key=lambda number: number % workload.swarms):
             announce = module.parse_announce(workload.environ(number), tracker.settings)
@@ -172,9 +174,9 @@ def fill(app, folder, workload):
 class Server:
     """A server and its workers. They run inside a ``with`` block."""
 
-    def __init__(self, command, folder, app=None):
+    def __init__(self, command, folder, app=None, store="files"):
         """Keep data in ``folder``. A command may name {folder}, {app} and {port}."""
-        self.folder, self.port = folder, free_port()
+        self.folder, self.port, self.store = folder, free_port(), store
         names = {"folder": folder, "app": app, "port": self.port}
         self.command = [word.format(**names) for word in command.split()]
         folder.mkdir()
@@ -182,6 +184,7 @@ class Server:
     def __enter__(self):
         data, torrents = f"{self.folder}/data", f"{self.folder}/torrents"
         environ = os.environ | {"TRACKER_DATA": data, "TRACKER_TORRENTS": torrents}
+        environ["TRACKER_STORE"] = self.store
         with open(self.folder / "log.txt", "ab") as log:
             output = {"stdout": log, "stderr": log, "start_new_session": True}
             self.process = subprocess.Popen(self.command, env=environ, **output)
@@ -622,7 +625,69 @@ def cgi_announce(program, folder, workload):
     return (after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime,)
 
 
-_PARTS = uwsgi, gunicorn, udp, inside, flat, pages, start
+def redis(run):
+    """Print what an announce costs a tracker and its Redis, and how many it takes."""
+    from servers import Engine  # only this part needs redis-py
+
+    app, size = run.apps["bitbreeze"], 20_000 if run.quick else 200_000
+    measures, memory, servers = {}, {}, {}
+    with ExitStack() as stack:
+        for swarms, peers in ((500, 60), (1, 10_000), (1, size)):
+            name = f"{swarms:,} of {peers:,}"
+            workload = Workload(run.folder, swarms, peers, f"hashes-{peers}.txt")
+            folder = run.folder / f"{swarms}-{peers}"
+            engine = Engine(run.folder)
+            stack.callback(engine.stop)
+            before = engine.client.info()["used_memory"]
+            fill(app, folder, workload, store=engine.url)
+            used = engine.client.info()["used_memory"] - before
+            memory[name] = used / swarms / peers
+            server = stack.enter_context(Server(UWSGI, folder / "it", app, engine.url))
+            server.wait(workload)
+            server.cost(WARM_UP, *workload.for_wrk)
+            both = server, engine, run.seconds, workload
+            measures[name] = partial(cost_of_both, *both)
+            if swarms > 1:
+                servers = {"files": "files", "redis": engine.url}, workload
+        costs = take_turns(run.rounds, measures)
+        first, *_ = costs.values()
+        rows = [
+            (name, *(f"{cost:.0f}" for cost in found), f"{found[0] / first[0]:.2f}",
+             "at most 1.3", f"{memory[name]:.0f}")
+            for name, found in costs.items()
+        ]  # fmt: skip
+        heading = "swarms", "Redis, CPU µs per announce", "tracker", "growth of Redis"
+        print_table((*heading, "limit", "bytes of Redis a peer"), rows)
+        compare_rates(run, app, stack, *servers)
+
+
+def cost_of_both(server, engine, seconds, workload):
+    """Return CPU µs per announce of an engine and of its tracker."""
+    process = psutil.Process(engine.process.pid)
+    before = sum(process.cpu_times()[:2])
+    cost, rate = server.cost(seconds, *workload.for_wrk)
+    return 1e6 * (sum(process.cpu_times()[:2]) - before) / rate / seconds, cost
+
+
+def compare_rates(run, app, stack, stores, workload):
+    """Print announces a second of one, two and four processes of uWSGI."""
+    measures = {}
+    for number in (1, 2, 4):
+        command = UWSGI.replace("--processes 2", f"--processes {number}")
+        for name, store in stores.items():
+            folder = run.folder / f"{name} {number}"
+            server = stack.enter_context(Server(command, folder, app, store))
+            server.wait(workload)
+            server.wrk(3600, workload.for_wrk[0], workload.for_wrk[1] | {"WARM": "1"})
+            measures[number, name] = partial(
+                server.cost, run.seconds, *workload.for_wrk
+            )
+    found = take_turns(run.rounds, measures)
+    rows = [(*key, f"{rate:,.0f}") for key, (_, rate) in found.items()]
+    print_table(("processes", "peers in", "announces/s"), rows)
+
+
+_PARTS = uwsgi, gunicorn, udp, inside, flat, pages, redis, start
 PARTS = {part.__name__: part for part in _PARTS}
 
 

@@ -15,6 +15,8 @@ for name in [name for name in os.environ if name.startswith("TRACKER_")]:
 
 import app as bitbreeze  # noqa: E402
 
+pytest.register_assert_rewrite("contract")
+
 NOW = 1_800_000_000
 # What takes long on a machine with other work to do is no fault of what is tested.
 hypothesis_settings.register_profile("patient", deadline=None)

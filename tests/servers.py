@@ -16,6 +16,7 @@ from urllib.request import urlopen
 
 import bencoder
 import psutil
+import redis
 
 ROOT = Path(__file__).resolve().parent.parent
 APP = [sys.executable, "app.py"]  # in the project's folder
@@ -128,6 +129,58 @@ def uwsgi(port):
     """Return a command for uWSGI with wsgi.ini, and another port."""
     program = Path(sys.executable).with_name("uwsgi")
     return [program, "--set-placeholder", f"port={port}", "wsgi.ini"]
+
+
+class Engine:
+    """A process of redis-server, with its data in a folder."""
+
+    def __init__(self, folder, *options):
+        self.port, self.folder, self.options = free_port(), str(folder), options
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.client = redis.Redis.from_url(self.url)
+        self.start()
+
+    def start(self):
+        command = ["redis-server", "--port", self.port, "--dir", self.folder]
+        command += ["--save", "", "--databases", 99, *self.options]
+        words = [str(word) for word in command]
+        self.process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+        poll(self._answers, 20, "redis-server")
+
+    def _answers(self):
+        with suppress(redis.RedisError):
+            return self.client.ping()
+
+    def stop(self, number=signal.SIGKILL):
+        self.process.send_signal(number)
+        self.process.wait(20)
+
+
+@contextmanager
+def cluster(folder, *options):
+    """Yield three Engines that are a Cluster."""
+    engines = []
+    try:
+        for number in range(3):
+            place = Path(folder, str(number))
+            place.mkdir()
+            more = "--cluster-enabled", "yes", "--cluster-port", free_port()
+            engines.append(Engine(place, *more, *options))
+        nodes = [f"127.0.0.1:{engine.port}" for engine in engines]
+        create = ["redis-cli", "--cluster", "create", *nodes, "--cluster-yes"]
+        subprocess.run(create, check=True, stdout=subprocess.DEVNULL)
+        wait_for_cluster(engines)
+        yield engines
+    finally:
+        for engine in engines:
+            engine.stop()
+
+
+def wait_for_cluster(engines):
+    """Wait until all nodes of a Cluster find that it works."""
+    clients = [engine.client for engine in engines]
+    ask = lambda client: client.cluster("info")["cluster_state"]  # noqa: E731
+    poll(lambda: {*map(ask, clients)} == {"ok"}, 30, "a Cluster")
 
 
 def announce_path(info_hash, peer_id, port, **parameters):

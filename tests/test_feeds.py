@@ -294,7 +294,7 @@ def test_health(tracker, monkeypatch, tmp_path, module, name, broken, reason):
         status, headers, body = client.get("/health")
     assert status == "503 SERVICE UNAVAILABLE"
     assert headers["Cache-Control"] == "no-store"
-    reason = f"the data folder cannot be written: {reason}"
+    reason = f"peers cannot be stored: {reason}"
     assert json.loads(body) == {"status": "failing", "reason": reason}
     status, headers, body = client.get("/health")
     assert (status, json.loads(body)) == ("200 OK", {"status": "ok"})
