@@ -1846,14 +1846,6 @@ MAPPABLE = "ext2", "ext3", "ext4", "xfs", "tmpfs"
 _FLAGS = os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOATIME", 0)
 
 
-# Why an announce is not kept.
-REASONS = {
-    "key": "peer_id is in use with another key: restart your client",
-    "address": "your address has {0.max_peers_per_address} peers in this swarm already",
-    "swarms": "this tracker is full: it tracks {0.max_swarms} torrents already",
-}
-
-
 class DamagedError(Exception):
     """A swarm file is corrupt."""
 
@@ -2982,14 +2974,20 @@ def key_after(announce, key, known, other):
     may_announce = has_key or is_here or not any(known)
     may_stop = has_key and (is_here or key)
     if not (may_stop if announce.event == "stopped" else may_announce):
-        raise refusal("key", None)
+        raise refusal("key")
     return key
 
 
-def refusal(cause, settings):
-    """Return the TrackerError for one of REASONS."""
-    text = REASONS[cause].format(settings)
-    return TrackerError(text, kind="key" if cause == "key" else "full")
+def refusal(cause, settings=None):
+    """Return the TrackerError for a client that is not kept because of ``cause``."""
+    if cause == "key":
+        reason = "peer_id is in use with another key: restart your client"
+        return TrackerError(reason, kind="key")
+    reason = f"this tracker is full: it tracks {settings.max_swarms} torrents already"
+    if cause == "address":
+        most = settings.max_peers_per_address
+        reason = f"your address has {most} peers in this swarm already"
+    return TrackerError(reason, kind="full")
 
 
 def updated(old, announce, now, progress):

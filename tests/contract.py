@@ -53,7 +53,7 @@ def endpoint(peer):
 
 # Each example has another store.
 EXAMPLES = hypothesis_settings(
-    max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -216,7 +216,7 @@ def test_ids_are_those_of_the_endpoints(swarm):
     assert set(pairs) == {(peer_id(peer), endpoint(peer)) for peer in range(1, 100)}
 
 
-@pytest.mark.parametrize("wanted", [10, 50])
+@pytest.mark.parametrize("wanted", [20, 50])
 def test_everybody_meets_everybody(swarm, wanted):
     for peer in range(300):
         swarm.announce(peer)

@@ -503,7 +503,7 @@ def test_keys_are_added_and_revoked_while_clients_announce(tmp_path, cases):
     """Two processes change keys.txt, and a third is killed again and again."""
     (tmp_path / "torrents").mkdir()
     (tmp_path / "keys.txt").write_text(FILE)
-    port, edits, done = free_port(), cases(6), Event()
+    port, edits, done = free_port(), cases(4), Event()
     env = {"TRACKER_DATA": str(tmp_path / "data"), "TRACKER_TRACK": "any"}
     env |= {"TRACKER_TORRENTS": str(tmp_path / "torrents"), "TRACKER_PRIVATE": "yes"}
     names, wrong = [[], []], []

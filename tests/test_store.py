@@ -59,7 +59,7 @@ def test_one_address_cannot_fill_a_large_swarm(make_store):
     swarm = Swarm(make_store(max_peers_per_address=100))
     for peer in range(3000):
         swarm.announce(peer)
-    assert 3680 < refused_from_one_48(swarm, range(10_000, 14_000)) <= 3900
+    assert 1680 < refused_from_one_48(swarm, range(10_000, 12_000)) <= 1900
 
 
 def test_a_full_tracker_takes_no_swarm(make_store):
@@ -685,8 +685,11 @@ def disk_use(store):
 
 @pytest.mark.parametrize("kind", ["kill", "error"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_a_fault_at_any_call_loses_nothing(tmp_path, caplog, kind, case):
-    """All is as before or as after; and as after, once the client asks again."""
+def test_a_fault_at_any_call_loses_nothing(tmp_path, caplog, is_long, kind, case):
+    """All is as before or as after; and as after, once the client asks again.
+
+    Without --long, these are each second call of the odd or the even ones.
+    """
 
     def opened(name, prepared="prepared"):
         if prepared:
@@ -704,7 +707,8 @@ def test_a_fault_at_any_call_loses_nothing(tmp_path, caplog, kind, case):
     with suppress(bitbreeze.TrackerError):
         case.act(swarm)
     after = *observed(swarm.store, case.now), disk_use(swarm.store)
-    for calls in range(1000):
+    step = 1 if is_long else 2
+    for calls in range(random.randrange(step), 1000, step):
         caplog.clear()
         swarm = opened(str(calls))
         if not Faulty(kind, calls).strike(case.act, swarm):
