@@ -1441,6 +1441,7 @@ class Catalogue:
 # Files that libtorrent loads are listed, with the hashes and sizes that it computes.
 
 MAX_TORRENT_BYTES = 10 * 2**20  # of a .torrent file
+DESCRIPTION_BYTES = 2**16  # of a text beside it
 MAX_PARTS = 2**19  # numbers, strings, lists...: 50,000 files, half a second
 LAST_SECOND = 253402300799  # of the year 9999, after which no date can be formatted
 MAX_DEPTH = 100  # of lists and dictionaries: bencoder recurses, and crashes at 50,000
@@ -1519,6 +1520,14 @@ def read_torrent(folder, path):
     metainfo = read_metainfo(data)
     added = min(max(0, int(status.st_mtime)), LAST_SECOND)
     return metainfo, parse_torrent(metainfo, path, added)
+
+
+def description_of(folder, torrent):
+    """Return the text of NAME.txt beside NAME.torrent, at most 64 kB; "" for none."""
+    path = f"{folder}/{torrent.path.removesuffix('.torrent')}.txt"
+    with suppress(OSError):
+        return read_regular(path, DESCRIPTION_BYTES)[1].decode("utf-8", "replace")
+    return ""
 
 
 def read_regular(path, most=-1):
@@ -1739,12 +1748,14 @@ def with_announce(metainfo, urls):
     return b"d%be" % b"".join(bencoder.bencode(key) + raw[key] for key in sorted(raw))
 
 
-def magnet(torrent, urls):
-    """Return the magnet link of a Torrent, tracked at ``urls`` (BEP 9, 52)."""
+def magnet(torrent, urls, web_seeds=()):
+    """Return the magnet link of a Torrent, tracked at ``urls`` (BEP 9, 19, 52)."""
     v1 = f"xt=urn:btih:{torrent.v1}&" if torrent.v1 else ""
     v2 = f"xt=urn:btmh:1220{torrent.v2}&" if torrent.v2 else ""
+    size = f"&xl={torrent.size}"
     trackers = "".join(f"&tr={quote(url, safe='')}" for url in urls)
-    return f"magnet:?{v1}{v2}dn={quote(torrent.name, '')}&xl={torrent.size}{trackers}"
+    seeds = "".join(f"&ws={quote(url, safe='')}" for url in web_seeds)
+    return f"magnet:?{v1}{v2}dn={quote(torrent.name, '')}{size}{trackers}{seeds}"
 
 
 # -- Statistics -----------------------------------------------------------------------
@@ -3345,6 +3356,7 @@ import flask  # noqa: E402
 from flask import Blueprint, current_app, render_template, request  # noqa: E402
 from flask.logging import default_handler, has_level_handler  # noqa: E402
 from jinja2 import DictLoader  # noqa: E402
+from markupsafe import Markup, escape  # noqa: E402
 from werkzeug import exceptions  # noqa: E402
 from werkzeug.http import http_date  # noqa: E402
 from werkzeug.middleware.proxy_fix import ProxyFix  # noqa: E402
@@ -3354,141 +3366,207 @@ from werkzeug.urls import iri_to_uri  # noqa: E402
 # The style sheet and the pages. They need no script and load nothing, which the header
 # Content-Security-Policy enforces. Jinja escapes all values in .html and .xml.
 
+ICON = """data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' width='20'\
+ viewBox='0 0 16 16' fill='none' stroke='%232a7ae2' stroke-width='1.5'><path d='"""
 STYLE = """
 :root { color-scheme: light dark; --text: #1c2127; --back: #fff; --faint: #59636e;
-  --line: #d0d7de; --link: #0b57a8; --bad: #b3261e; --soft: #f3f5f7 }
+  --line: #d8dee4; --link: #0b57a8; --good: #1a7f37; --some: #8a5a00; --bad: #b3261e;
+  --soft: #f3f5f7 }
 @media (prefers-color-scheme: dark) {
-  :root { --text: #e6e9ec; --back: #14181c; --faint: #a3adb7; --line: #39414a;
-    --link: #82b8ff; --bad: #ff938a; --soft: #1f252b } }
-body { margin: 0 auto; padding: 1rem; max-width: 64rem; color: var(--text);
-  background: var(--back); font: 1rem/1.5 system-ui, sans-serif }
-main { overflow-wrap: anywhere } svg { display: block; width: 100%; height: auto }
-h1 { margin: .5rem 0; line-height: 1.2 } h2 { margin: 2rem 0 .5rem; line-height: 1.2 }
-a { color: var(--link) } a:focus-visible { outline: 2px solid; outline-offset: 2px }
-code { background: var(--soft); user-select: all }
+  :root { --text: #e6e9ec; --back: #14181c; --faint: #a3adb7; --line: #333b44;
+    --link: #82b8ff; --good: #57c878; --some: #e0a83a; --bad: #ff938a;
+    --soft: #1f252b } }
+body { margin: 0 auto; padding: 0 1rem 1rem; max-width: 68rem; color: var(--text);
+  background: var(--back); font: 1rem/1.5 system-ui, sans-serif;
+  overflow-wrap: anywhere }
+a { color: var(--link); text-decoration: none } a:hover { text-decoration: underline }
+p a, dd a, .block a { text-decoration: underline }
+a:focus-visible, summary:focus-visible { outline: 2px solid; outline-offset: 2px }
+h1, h2 { margin: 1.5rem 0 .5rem; line-height: 1.25 } h1 { font-size: 1.6rem }
+h2 { font-size: 1.2rem }
+header, nav, form, .numbers { display: flex; flex-wrap: wrap; align-items: center;
+  gap: .25rem 1rem }
+header { padding: .75rem 0; border-bottom: 1px solid var(--line) }
+header form { flex: 1 1 12rem; flex-wrap: nowrap; gap: .4rem }
+header input { min-width: 0; flex: 1 }
+.name { margin: 0; font-size: 1.25rem; font-weight: 700; color: var(--text) }
+nav a, summary { padding: .25rem 0 } summary { color: var(--link); cursor: pointer }
+.numbers { margin: .5rem 0; color: var(--faint) } .numbers dd { color: var(--text) }
+.numbers div { display: flex; flex-direction: row-reverse; gap: .35rem }
+.numbers .text { flex-direction: row }
+dd { margin: 0; font-weight: 600 } .about dd { font-weight: 400 }
+.good { color: var(--good) } .some { color: var(--some) } .bad { color: var(--bad) }
+dt, label, small, .faint, .faint a { color: var(--faint) }
+code { user-select: all } .url { margin: .5rem 0; padding: .4rem .75rem;
+  background: var(--soft); border-radius: .3rem }
 .block { padding: .75rem; background: var(--soft); white-space: pre-wrap }
-.plain { padding: 0; list-style: none } dd { margin: 0 }
-.note { margin: .75rem 0; padding: .25rem .75rem; border-left: .4rem solid #2e8b57 }
+.plain { padding: 0; list-style: none }
+.note { margin: .75rem 0; padding: .25rem .75rem; border-left: .4rem solid var(--good) }
 .warning { border-color: #d08700 } .failure { border-color: #c8281e }
-.numbers, .links, form { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1rem 0 }
-.numbers { column-gap: 2rem } .numbers dd { font-size: 1.6rem; line-height: 1.2 }
-dt, .faint { color: var(--faint) } .bad { color: var(--bad); white-space: nowrap }
+.chips { gap: .4rem; margin: .75rem 0 } .chips a { padding: .2rem .7rem;
+  border: 1px solid var(--line); border-radius: 1rem }
+.chips [aria-current] { color: var(--back); background: var(--link) }
 .about { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.25rem }
 .button { padding: .5rem 1rem; border: 1px solid; border-radius: .3rem }
-form { align-items: end } .search { flex: 1 1 14rem } [type=file] { padding: .4rem }
-label { display: grid; color: var(--faint); font-size: .875rem }
-input, select, button { box-sizing: border-box; height: 2.5rem; max-width: 100%;
-  padding: 0 .6rem; font: inherit; color: var(--text); background: var(--back);
-  border: 1px solid var(--faint); border-radius: .3rem }
+main form { align-items: end; margin: 1rem 0 }
+label { display: grid; font-size: .875rem }
+input, button { box-sizing: border-box; height: 2.5rem; padding: 0 .7rem; font: inherit;
+  color: var(--text); background: var(--back); border: 1px solid var(--faint);
+  border-radius: .3rem } [type=file] { padding: .4rem; max-width: 100% }
+svg { display: block; width: 100%; height: auto }
+td a, small { unicode-bidi: plaintext }
+td [title] { display: inline-block; height: 1.5rem; padding: 0 .3rem }
+[title=Magnet]::before {
+ content: url("ICONM2 2h4v6a2 2 0 0 0 4 0V2h4v6a6 6 0 0 1-12 0zM2 5h4m4 0h4'/></svg>") }
+[title=Download]::before { content: url("ICONM8 1v9M4 6l4 4 4-4M2 14h12'/></svg>") }
 table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums }
-tr { vertical-align: top; border-bottom: 1px solid var(--line) }
-th, td { padding: .5rem .4rem } tr > * + * { text-align: right; white-space: nowrap }
-tr > :first-child { width: 100%; padding-left: 0; text-align: left }
-@media (max-width: 40rem) { thead { display: none }
-  tr { display: flex; flex-wrap: wrap; padding: .5rem 0 } td { padding: 0 1rem 0 0 }
-  td::before { color: var(--faint); content: attr(data-of) }
+tr { border-bottom: 1px solid var(--line) } th { font-weight: 600; font-size: .875rem }
+th, td { padding: .45rem .5rem; text-align: right; white-space: nowrap }
+tr > :first-child { width: 100%; padding-left: 0; text-align: left;
+  white-space: normal }
+@media (max-width: 44rem) { tr { display: flex; flex-wrap: wrap; padding: .5rem 0 }
+  th, td { padding: 0 1rem 0 0 }
+  td::before { color: var(--faint) } td:nth-child(3)::before { content: "seeders " }
+  td:nth-child(4)::before { content: "leechers " }
+  td:nth-child(5)::before { content: "completed " }
+  td:nth-child(6)::before { content: "added " }
+  tr > th:first-child { width: auto }
+  td a, th a { display: inline-block; padding: .25rem 0 }
   .about { display: block } .about dd { margin-bottom: .6rem } }
-footer { margin-top: 3rem } footer a, small a { margin-right: .5rem }
-"""
+@media print { header form, nav, details, svg, .button { display: none } }
+footer { margin-top: 3rem }
+footer a { display: inline-block; padding: .15rem .75rem .15rem 0 }
+""".replace("ICON", ICON)
 
 TEMPLATES = {
     "base.html": """\
 {% set settings = tracker.settings -%}
 {% set root = request.script_root | urlencode ~ "/" -%} {# where it is mounted -#}
 {% set site = site_url() -%}
+{% set is_shown = member() or not settings.private -%}
 <!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{% if heading %}{{ heading }} - {% endif %}{{ settings.title }}</title>
-<link rel="icon" href="data:image/svg+xml,
-%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16' fill='none'
- stroke='%232a7ae2' stroke-width='1.6' stroke-linecap='round'%3E
-%3Cpath d='M1 5h9a2 2 0 1 0-2-2M1 8h12M1 11h7a2 2 0 1 1-2 2'/%3E%3C/svg%3E">
+<link rel="icon"
+ href="{{ icon }}M1 5h9a2 2 0 1 0-2-2M1 8h12M1 11h7a2 2 0 1 1-2 2'/></svg>">
 {% if feed %}<link rel="alternate" type="application/rss+xml"
  title="{{ settings.title }}" href="{{ root }}{{ feed }}">{% endif %}
 <style>{{ style | safe }}</style>
-{% if heading %}<nav><a href="{{ root }}">{{ settings.title }}</a></nav>{% endif %}
+<header>
+{% if heading %}<a class="name" href="{{ root }}">{{ settings.title }}</a>
+{% else %}<h1 class="name"><bdi>{{ settings.title }}</bdi></h1>{% endif %}
+{% if is_shown and tracker.catalogue.torrents %}
+<form role="search" action="{{ root }}">
+<input type="search" name="q" value="{{ query.q if query }}" maxlength="200"
+ aria-label="Search torrents" placeholder="Search torrents">
+{% for field in ("category", "sort") if query and query[field] -%}
+<input type="hidden" name="{{ field }}" value="{{ query[field] }}">{% endfor %}
+<button>Search</button></form>
+<nav aria-label="Site"><a href="{{ root }}">Torrents</a>
+<a href="{{ root }}feed.xml">Feed</a>{% endif %}
+{% if member().can_publish %}<a href="{{ root }}#publish">Publish</a>{% endif %}</nav>
+</header>
 <main>
-<h1><bdi>{{ heading or settings.title }}</bdi></h1>
 {% block intro %}{% endblock %}
+{% if heading %}<h1><bdi>{{ heading | soft }}</bdi></h1>{% endif %}
 {% if numbers %}<dl class="numbers">
 {% for name, number in numbers.items() -%}
-<div><dt>{{ name }}</dt><dd>{{ "{:,}".format(number) }}</dd></div>
+<div{{ " class=text" if number is string }}><dt>{{ name }}</dt><dd>
+{{- number if number is string else "{:,}".format(number) }}</dd></div>
 {% endfor %}</dl>{% endif %}
-{% block main %}<p>{{ text }}</p>{% endblock %}
+{% block main %}<p>{{ text }}</p>
+{% if is_shown %}<p><a href="{{ root }}">Go to the front page</a></p>{% endif %}
+{% endblock %}
 </main>
-<footer class="faint">{% block footer %}{% endblock %}BitBreeze</footer>
+<footer class="faint">{% block footer %}{% endblock %}BitBreeze {{ version }}</footer>
 """,
     "front.html": """\
 {% extends "base.html" %}
 {% block intro %}
 {% if settings.notice %}<p class="note warning">{{ settings.notice }}</p>{% endif %}
-<p>This is a BitTorrent tracker. It helps people who share the same torrent find each
-other. It stores no files. {% if settings.private %}It is for members only: the announce
-URL contains your key, so keep it to yourself.
-{% elif tracker.catalogue.is_open %}It is open: it tracks any torrent that clients
-announce.{% endif %} {% if not tracker.catalogue.is_open %}It tracks only the torrents
-that are on its list. If a client announced a torrent before that, use "Force
-reannounce" in it.{% endif %} Announce URL:</p>
+<p class="faint">{% if tracker.catalogue.is_open %}This tracker is open: it tracks any
+torrent that clients announce.{% else %}This tracker tracks only the torrents on its
+list.{% endif %}
+{% if settings.private %}It is for members only.{% endif %} Announce URL:</p>
 {% for url in announce_urls(site) -%}
-<p class="block"><code>{{ url }}</code></p>
-{% endfor %}{% endblock %}
+<p class="url"><code>{{ url }}</code></p>
+{% endfor %}
+<details><summary>What this is, and how to download</summary>
+<p>This is a BitTorrent tracker. It helps people who share the same torrent find each
+other. It does not host any files.</p>
+<p>To download, you need a BitTorrent client, such as qBittorrent, Transmission or
+Deluge. Click on the magnet of a torrent, or open its .torrent file in the client.</p>
+</details>
+<details><summary>How to share here</summary><ol>
+<li>In your client, make a torrent from a file or folder.</li>
+<li>Enter the announce URL above as its tracker.
+{% if settings.private %}It contains your key, so keep it to yourself.{% endif %}</li>
+{% if not tracker.catalogue.is_open %}<li>{% if member().can_publish %}Publish the
+.torrent file below.{% else %}Ask the operator to put the .torrent file on the list.
+{% endif %} If your client announced it before, use "Force reannounce".</li>{% endif %}
+<li>Leave it in your client, so that it seeds.</li>
+<li>Send others the .torrent file, its magnet link, or the address of its page.</li>
+</ol></details>
+{% endblock %}
 {% block main %}
 {% if tracker.catalogue.unread %}<p class="note">Torrent files still to read:
 {{ tracker.catalogue.unread | length }}</p>{% endif %}
-{% if numbers.torrents %}
-<h2 id="torrents">Torrents{% if query.category %} in <bdi>{{ query.category }}</bdi>
-<small><a href="{{ root }}#torrents">Show all</a></small>{% endif %}</h2>
-<form role="search" action="{{ root }}#torrents">
-  <label class="search">Search
-    <input type="search" name="q" value="{{ query.q }}" maxlength="200"></label>
-  {% if categories %}<label>Category <select name="category">
-    <option value="">all</option>
-    {% for name in categories -%}
-    <option{% if name == query.category %} selected{% endif %}>{{ name }}</option>
-    {% endfor %}</select></label>{% endif %}
-  <label>Sort by <select name="sort">
-    {% for key, name in sorts -%}
-    <option value="{{ key }}"{{ " selected" if key == query.sort }}>{{ name }}</option>
-    {% endfor %}</select></label>
-  <button>Search</button>
-</form>
-{% if rows %}<table>
-<thead><tr>
-{% for name in columns %}<th scope="col">{{ name }}</th>{% endfor %}
-</tr></thead><tbody>
+{% if categories %}<nav class="chips" aria-label="Categories">
+<a href="{{ root }}"{{ " aria-current=page" if not query.category }}>All</a>
+{% for name, number in categories.items() -%}
+{% set parent = name.rpartition("/")[0] ~ "/" -%}
+{% if parent == "/" or (query.category ~ "/").startswith(parent) -%}
+<a href="{{ root }}{{ query.link(category=name, page=1) }}"
+{{- " aria-current=page" if name == query.category }}><bdi>{{ name }}</bdi>
+ {{ number }}</a>
+{% endif %}{% endfor %}</nav>{% endif %}
+{% if rows %}<table><thead><tr>
+{% for key, (name, _) in columns.items() -%}
+{% set is_up, is_down = query.sort == key, query.sort == "-" ~ key -%}
+{% set next = key if is_down or key == "name" and not is_up else "-" ~ key -%}
+<th scope="col"{% if is_up or is_down %} aria-sort="{{ "ascending" if is_up else
+ "descending" }}"{% endif %}><a href="{{ root }}{{ query.link(sort=next, page=1) }}">
+{{- name }}{{ " ▲" if is_up }}{{ " ▼" if is_down }}</a></th>
+{% endfor %}
+<th scope="col">Get</th></tr></thead><tbody>
 {% for row in rows -%}
-{% set page, counts = root ~ "torrent/" ~ row.id, row.counts -%}
-{% set link = row | magnet_of(site) -%}
-<tr><td><a href="{{ page }}"><bdi>{{ row.name }}</bdi></a><br><small>
-{% if row.category %}<a class="faint" href="{{ root }}?category=
-{{- row.category | urlencode }}#torrents"><bdi>{{ row.category }}</bdi></a>{% endif %}
-{% if link %}<a href="{{ link }}" aria-label="magnet link of {{ row.name }}">magnet</a>
-{% endif %}
-<a href="{{ page }}.torrent" aria-label="download {{ row.name }}">.torrent</a>
-{% if not counts.seeders %}<b class="bad">no seeders</b>{% endif %}</small></td>
-<td>{{ row.torrent.size | filesizeformat(true) }}</td>
-<td data-of="seeders ">{{ counts.seeders }}</td>
-<td data-of="leechers ">{{ counts.leechers }}</td>
-<td data-of="completed ">{{ counts.snatches }}</td>
-<td data-of="added ">{{ (row.torrent.added | date_text)[:10] }}</td></tr>
+{% set counts, link = row.counts, row | magnet_of(site) -%}
+<tr><td><a href="{{ root }}torrent/{{ row.id }}">{{ row.name | soft }}</a>
+{%- if row.category and row.category != query.category %}<br><small>
+{{- row.category }}</small>{% endif %}</td><td>
+{{- row.torrent.size | filesizeformat(true) }}</td><td class=
+{{- "good" if counts.seeders else "bad" }}>{{ counts.seeders }}</td><td
+{{- " class=some" if counts.leechers }}>{{ counts.leechers }}</td><td>
+{{- counts.snatches }}</td><td>{{ (row.torrent.added | date_text)[:10] }}</td><td>
+{%- if link %}<a href="{{ link }}" title=Magnet></a>
+{%- endif %}<a href="{{ root }}torrent/{{ row.id }}.torrent" title=Download></a>
 {% endfor %}
 </tbody></table>
-<nav class="links" aria-label="Pages">
+<nav aria-label="Pages">
 {% set page = query.page -%}
-{% if page > 1 %}<a href="{{ root }}{{ query.link(page=page - 1) }}#torrents"
+{% if page > 1 %}<a href="{{ root }}{{ query.link(page=page - 1) }}"
  rel="prev">Previous</a>{% endif %}
 <span>{{ found }} torrent{{ "s" * (found > 1) }}, page {{ page }} of {{ last }}</span>
-{% if page < last %}<a href="{{ root }}{{ query.link(page=page + 1) }}#torrents"
+{% if page < last %}<a href="{{ root }}{{ query.link(page=page + 1) }}"
  rel="next">Next</a>{% endif %}</nav>
-{% else %}<p>No torrent matches. <a href="{{ root }}">Show all</a></p>{% endif %}
-{% endif %}
-{% if member().can_publish %}<h2>Publish a torrent</h2>
+{% elif numbers.torrents %}<p>
+{% if query.category and query.category not in categories %}There is no such category.
+{% else %}No torrent matches.{% endif %}
+<a href="{{ root }}">Show all</a></p>
+{% else %}<h2>No torrents are listed yet</h2>
+<ul><li>To use this tracker, put its announce URL into your torrent and seed it.
+{%- if not tracker.catalogue.is_open %} The torrent must be on the list.{% endif %}</li>
+<li>To list a torrent, the operator puts its .torrent file into the folder
+ <code>torrents</code>, or gives members keys that can publish.</li>
+<li>If clients do not reach the tracker, the operator runs
+ <code>python app.py doctor</code>.</li></ul>{% endif %}
+{% if member().can_publish %}<h2 id="publish">Publish a torrent</h2>
 <form method="post" action="{{ root }}publish" enctype="multipart/form-data">
   <label>Torrent file
     <input type="file" name="torrent" accept=".torrent" required></label>
-  <label class="search">Category
+  <label>Category
     <input name="category" value="{{ query.category }}" maxlength="500"></label>
   <button>Publish</button>
 </form>{% endif %}
@@ -3502,20 +3580,50 @@ reannounce" in it.{% endif %} Announce URL:</p>
 """,
     "torrent.html": """\
 {% extends "base.html" %}
+{% set torrent, progress = row.torrent, details.progress %}
+{% set code = "<code>%s</code>" | safe %}
+{% set seen = details.last_seen | date_text if details.last_seen else "never" %}
 {% set numbers = {"seeders": row.counts.seeders, "leechers": row.counts.leechers,
-  "completed": row.counts.snatches} %}
-{% block intro %}
-{% if row.category %}<p><a class="faint" href="{{ root }}?category=
-{{- row.category | urlencode }}#torrents"><bdi>{{ row.category }}</bdi></a></p>
-{% endif %}
-{% if not row.counts.seeders %}<p class="bad"><b>No seeders now.</b></p>{% endif %}
+  "completed": row.counts.snatches, "last seen": seen} %}
+{% if progress.mean is not none %}{% set numbers = dict(numbers,
+  progress="{:.0%}".format(progress.mean)) %}{% endif %}
+{% block intro %}{% if row.category %}<p><a href="{{ root }}?category=
+{{- row.category | urlencode }}"><bdi>{{ row.category }}</bdi></a></p>{% endif %}
 {% endblock %}
 {% block main %}
-{% set torrent, code = row.torrent, "<code>%s</code>" | safe -%}
-<p class="links"><a class="button" href="{{ row.id }}.torrent">Download .torrent</a>
-{% set link = row | magnet_of(site) -%}
-{% if link %}<a class="button" href="{{ link }}">Magnet link</a>{% endif %}</p>
-<dl class="about">
+{% if not row.counts.seeders %}<p class="bad">No seeders now: a download may have to
+wait.</p>{% endif %}
+<nav aria-label="Download"><a class="button" href="{{ row.id }}.torrent">Download
+.torrent</a>
+{% set link = row | magnet_of(site, details.web_seeds) -%}
+{% if link %}<a class="button" href="{{ link }}">Magnet link</a>{% endif %}</nav>
+{% if torrent.is_private %}<p class="faint">This torrent is private, so it has no magnet
+link: clients need its .torrent file. Peers come from this tracker only.</p>{% endif %}
+{% for title, text in [("Description", details.description),
+  ("Comment", details.comment)] if text -%}
+<h2>{{ title }}</h2>
+<p class="block" dir="auto">{{ text | linked }}</p>
+{% endfor %}
+{% if progress.mean is not none %}<h2>Progress of the leechers</h2>
+{% set top = progress.leechers | max -%}
+<svg role="img" viewBox="0 0 100 12" aria-label="Leechers by tenths of the torrent:
+ {{ progress.leechers | join(", ") }}">
+{% for number in progress.leechers -%}
+<rect x="{{ loop.index0 * 10 }}" y="{{ 12 - 11 * number / top }}" width="9"
+ height="{{ 11 * number / top }}" fill="#2a7ae2"/>
+{% endfor %}</svg>
+<p>Each column counts the leechers in a tenth, from 0% to 100%. On average, they have
+{{ "{:.0%}".format(progress.mean) }}.
+{% if progress.unknown %}Unknown: {{ progress.unknown }}.{% endif %}</p>{% endif %}
+<h2>Files</h2>
+<ul class="plain">
+{% for file in details.files[:2000] -%}
+<li><bdi>{{ file.path | join("/") | visible | soft }}</bdi>
+<span class="faint">{{ file.size | filesizeformat(true) }}</span></li>
+{% endfor %}</ul>
+{% if details.files[2000:] %}<p><a href="{{ row.id }}.json">All
+{{ "{:,}".format(details.files | length) }} files as JSON</a></p>{% endif %}
+<details><summary>Details</summary><dl class="about">
 {% for name, text in [
   ("Size", torrent.size | filesizeformat(true) ~ " ({:,} bytes)".format(torrent.size)),
   ("Piece size", details.piece_length | filesizeformat(true)),
@@ -3524,36 +3632,11 @@ reannounce" in it.{% endif %} Announce URL:</p>
   ("Added", torrent.added | date_text),
   ("Created", details.created and details.created | date_text),
   ("Created with", details.created_by | visible),
-  ("Last seen", details.last_seen | date_text if details.last_seen else "never"),
-  ("Private", torrent.is_private and "Yes. Peers come from this tracker only."),
 ] if text -%}
 <dt>{{ name }}</dt><dd><bdi>{{ text }}</bdi></dd>
 {% endfor %}{% for url in details.web_seeds -%}
-<dt>Web seed</dt><dd><bdi>{{ url | visible }}</bdi></dd>
-{% endfor %}</dl>
-{% set progress = details.progress -%}
-{% if progress.mean is not none %}<h2>Progress of the leechers</h2>
-{% set top = progress.leechers | max -%}
-<svg role="img" viewBox="0 0 100 30" aria-label="Leechers by tenths of the torrent:
- {{ progress.leechers | join(", ") }}">
-{% for number in progress.leechers -%}
-<rect x="{{ loop.index0 * 10 }}" y="{{ 30 - 28 * number / top }}" width="9"
- height="{{ 28 * number / top }}" fill="#2a7ae2"/>
-{% endfor %}</svg>
-<p>Each column counts the leechers in a tenth, from 0% to 100%. On average, they have
-{{ "{:.0%}".format(progress.mean) }}.
-{% if progress.unknown %}Unknown: {{ progress.unknown }}.{% endif %}</p>{% endif %}
-{% if details.comment %}<h2>Comment</h2>
-<p class="block" dir="auto">
-{{- details.comment.splitlines() | map("visible") | join("\n") }}</p>{% endif %}
-<h2>Files</h2>
-<ul class="plain">
-{% for file in details.files[:2000] -%}
-<li><bdi>{{ file.path | join("/") | visible }}</bdi>
-<span class="faint">{{ file.size | filesizeformat(true) }}</span></li>
-{% endfor %}</ul>
-{% if details.files[2000:] %}<p><a href="{{ row.id }}.json">All
-{{ "{:,}".format(details.files | length) }} files as JSON</a></p>{% endif %}
+<dt>Web seed</dt><dd><bdi>{{ url | linked }}</bdi></dd>
+{% endfor %}</dl></details>
 {% endblock %}
 {% block footer %}<a href="{{ row.id }}.json">This torrent as JSON</a>
 {% if member().can_publish %}<a href="{{ row.id }}/edit">Move or remove</a>{% endif %}
@@ -3562,7 +3645,7 @@ reannounce" in it.{% endif %} Announce URL:</p>
     "edit.html": """\
 {% extends "base.html" %}
 {% block main %}
-<form method="post"><label class="search">Category
+<form method="post"><label>Category
   <input name="category" value="{{ row.category }}" maxlength="500"></label>
   <button>Move</button></form>
 <form method="post"><p>Or remove the .torrent file, so that it is tracked no more.</p>
@@ -3585,8 +3668,8 @@ reannounce" in it.{% endif %} Announce URL:</p>
 <item>
 <title>{{ row.name }}</title>
 <link>{{ page }}</link>
-<description>{{ torrent.size | filesizeformat(true) }},
- files: {{ torrent.files }}</description>
+<description>{{ torrent.size | filesizeformat(true) }}, files: {{ torrent.files }}
+{%- if row | magnet_of(site) %}, {{ row | magnet_of(site) }}{% endif %}</description>
 <pubDate>{{ torrent.added | http_date }}</pubDate>
 {% if row.category %}<category>{{ row.category }}</category>{% endif %}
 <guid isPermaLink="false">urn:btih:{{ row.id }}</guid>
@@ -3597,6 +3680,13 @@ reannounce" in it.{% endif %} Announce URL:</p>
 {% endfor -%}
 </channel>
 </rss>
+""",
+    "badge.svg": """\
+{% set width = 14 + 7 * text | length -%}
+<svg xmlns="http://www.w3.org/2000/svg" width="{{ width }}" height="20" role="img">
+<title>{{ text }}</title><rect width="100%" height="100%" rx="4" fill="{{ fill }}"/>
+<text x="50%" y="14" text-anchor="middle" fill="#fff" font-size="11"
+ font-family="Verdana, sans-serif" textLength="{{ width - 14 }}">{{ text }}</text></svg>
 """,
     "doctor.html": """\
 {% extends "base.html" %}
@@ -3634,17 +3724,16 @@ class Row:
         self.json = ""  # of the list of all torrents, with ANY_SITE as its site_url
 
 
-# Heading, attribute of a Row, and sort orders in the form with their names. The key
-# names the ascending order; with a "-" before it, the descending order.
+# Heading and attribute of a Row. The key names the ascending order; with a "-" before
+# it, the descending order.
 COLUMNS = {
-    "name": ("Name", "searched", {"name": "name"}),
-    "size": ("Size", "torrent.size", {"-size": "largest", "size": "smallest"}),
-    "seeders": ("Seeders", "counts.seeders", {"-seeders": "most seeders"}),
-    "leechers": ("Leechers", "counts.leechers", {"-leechers": "most leechers"}),
-    "completed": ("Completed", "counts.snatches", {"-completed": "most completed"}),
-    "added": ("Added", "torrent.added", {"-added": "newest", "added": "oldest"}),
+    "name": ("Name", "searched"),
+    "size": ("Size", "torrent.size"),
+    "seeders": ("Seeders", "counts.seeders"),
+    "leechers": ("Leechers", "counts.leechers"),
+    "completed": ("Completed", "counts.snatches"),
+    "added": ("Added", "torrent.added"),
 }
-SORTS = [sort for *_, sorts in reversed(COLUMNS.values()) for sort in sorts.items()]
 NEWEST = "-added"
 
 
@@ -3682,6 +3771,7 @@ class ListQuery(NamedTuple):
         return f"{path}?{query}" if query else path
 
 
+DAY = 24 * 3600
 PER_PAGE = 100  # torrents on a page, in the feed, and in a piece of /torrents.json
 ANY_SITE = f"https://{os.urandom(16).hex()}.invalid/"  # stands for site_url
 CORS_HEADERS = {"Access-Control-Allow-Origin": "*"}  # pages of any site may read JSON
@@ -3700,15 +3790,16 @@ def front():
     found = query.select(rows)
     last = max(1, -(-len(found) // PER_PAGE))
     page = min(query.page, last)
-    numbers = {n: getattr(totals, n) for n in ("seeders", "leechers", "swarms")}
-    numbers |= {"torrents": len(rows)} if rows else {}
+    numbers = {"torrents": len(rows)} if rows else {}
+    numbers |= {n: getattr(totals, n) for n in ("seeders", "leechers", "swarms")}
+    heading = f"Torrents in {query.category}" if query.category else ""
     return render_template(
         "front.html",
+        heading=visible(heading),
         numbers=numbers,
         feed=query.link("feed.xml", sort=NEWEST, page=1),
         categories=categories,
-        columns=[heading for heading, *_ in COLUMNS.values()],
-        sorts=SORTS,
+        columns=COLUMNS,
         query=query._replace(page=page),
         rows=found[(page - 1) * PER_PAGE : page * PER_PAGE],
         found=len(found),
@@ -3751,6 +3842,7 @@ def _torrent_or_404(info_hash):
     last_seen = max(tracker.store.last_seen(each, now) for each in hashes)
     peers = chain.from_iterable(tracker.store.peers(each, now)[1] for each in hashes)
     details = {**parse_details(metainfo), "last_seen": last_seen or None}
+    details["description"] = description_of(tracker.catalogue.folder, torrent)
     details["progress"] = progress_summary(peers)
     return Row(torrent, tracker.scrape(hashes, now)), metainfo, details
 
@@ -3860,14 +3952,21 @@ def doctor_page():
     return page, {"Cache-Control": "no-store", "X-Robots-Tag": "noindex"}
 
 
+ADVICE = {
+    404: "There is no such page on this tracker.",
+    413: f"A file may have {MAX_TORRENT_BYTES} bytes at most.",
+    500: "This page failed. The operator finds the reason in the server's log.",
+}
+
+
 @pages.app_errorhandler(exceptions.HTTPException)
 @pages.app_errorhandler(TorrentError)
 def error_page(error):
     """Show an error as a page. If the disk is full or broken, it says: try later."""
     if isinstance(error, TorrentError):
         error = exceptions.BadRequest(f"This torrent is refused: {error}.")
-    if error.code == 413:
-        error.description = f"A file may have {MAX_TORRENT_BYTES} bytes at most."
+    if error.description == type(error).description:  # Werkzeug's own
+        error.description = ADVICE.get(error.code, error.description)
     if isinstance(getattr(error, "original_exception", None), OSError):
         error = exceptions.ServiceUnavailable(f"{DISK_FAILS.capitalize()}.")
     if request.path == "/publish" and "html" not in str(request.accept_mimetypes):
@@ -3890,6 +3989,7 @@ def add_security_headers(response):
     """Forbid scripts and foreign content, in case the escaping of a text fails."""
     response.headers.update(SECURITY_HEADERS)
     is_shared = current_app.tracker.settings.url and not member()
+    is_shared = is_shared or response.mimetype == "image/svg+xml"
     if not is_shared and not response.cache_control.no_store:
         # It may contain the Host header of this request, which a stranger may have set.
         response.cache_control.private = True
@@ -3905,9 +4005,25 @@ def site_url():
     return f"{url}/"
 
 
-def magnet_of(row, site):
+def magnet_of(row, site, web_seeds=()):
     """Return a magnet link, or None for a private torrent, where it would not work."""
-    return None if row.torrent.is_private else magnet(row.torrent, announce_urls(site))
+    urls = announce_urls(site)
+    return None if row.torrent.is_private else magnet(row.torrent, urls, web_seeds)
+
+
+def soft(text):
+    """Return a text as HTML that may also be broken after "_" and "."."""
+    html = str(escape(text))
+    return Markup(html.replace("_", "_<wbr>").replace(".", ".<wbr>"))
+
+
+def linked(text):
+    """Return a text as HTML in which web addresses are links."""
+    lines = "\n".join(map(visible, text.splitlines()))
+    parts = re.split(r"(https?://[^\s<>]*[^\s<>.,:;!?)])", lines)
+    link = Markup('<a href="{0}" rel="noreferrer nofollow">{0}</a>')
+    parts[1::2] = map(link.format, parts[1::2])
+    return Markup("").join(parts)
 
 
 def announce_urls(site):
@@ -3925,10 +4041,18 @@ def date_text(seconds):
 
 @pages.get("/feed.xml")
 def feed():
-    """Send the newest torrents of a search, of a category, or of all as RSS 2.0."""
+    """Send the newest torrents of a search, of a category, or of all as RSS 2.0.
+
+    With dead=1, these are torrents without a seeder that were added over a day ago.
+    """
     query = ListQuery.parse(request.args)._replace(sort=NEWEST, page=1)
-    rows = query.select(current_app.listing(NEWEST, int(time.time()))[0])[:PER_PAGE]
+    now, is_dead = int(time.time()), "dead" in request.args
+    rows = query.select(current_app.listing(NEWEST, now)[0])
+    if is_dead:
+        rows = [r for r in rows if not r.counts.seeders and r.torrent.added < now - DAY]
+    rows = rows[:PER_PAGE]
     words = current_app.tracker.settings.title, query.category, query.q
+    words += ("without seeders",) * is_dead
     about = visible(" / ".join(filter(None, words)))
     text = render_template("feed.xml", about=about, query=query, rows=rows)
     response = current_app.response_class(text, mimetype="application/rss+xml")
@@ -3969,7 +4093,7 @@ def torrents_json():
     return response.make_conditional(request)
 
 
-def _json_of(row, site):
+def _json_of(row, site, web_seeds=()):
     torrent, page = row.torrent, f"{site}torrent/{row.id}"
     return {
         "name": torrent.name,
@@ -3983,7 +4107,7 @@ def _json_of(row, site):
         **row.counts._asdict(),
         "page": page,
         "download": f"{page}.torrent",
-        "magnet": magnet_of(row, site),
+        "magnet": magnet_of(row, site, web_seeds),
     }
 
 
@@ -3991,7 +4115,21 @@ def _json_of(row, site):
 def torrent_json(info_hash):
     """Send everything that is known about a torrent, with all files."""
     row, _, details = _torrent_or_404(info_hash)
-    return {**_json_of(row, site_url()), **details}, CORS_HEADERS
+    found = _json_of(row, site_url(), details["web_seeds"])
+    return {**found, **details}, CORS_HEADERS
+
+
+@pages.get("/badge.svg")
+@pages.get("/torrent/<info_hash>.svg")
+def badge(info_hash=""):
+    """Send the seeders and leechers of a torrent, or of all, as a small image."""
+    counts, _ = current_app.tracker.snapshot(int(time.time()))
+    if info_hash:
+        counts = _torrent_or_404(info_hash)[0].counts
+    fill = "#1a7f37" if counts.seeders else "#b3261e"
+    text = f"{counts.seeders:,} seeders, {counts.leechers:,} leechers"
+    image = render_template("badge.svg", text=text, fill=fill)
+    return image, {"Content-Type": "image/svg+xml", "Cache-Control": "max-age=300"}
 
 
 @pages.get("/stats.json")
@@ -4427,15 +4565,16 @@ class BitBreeze(flask.Flask):
     def __init__(self, settings):
         super().__init__(__name__, static_folder=None)
         tracker = self.tracker = Tracker(settings)
-        self._listing = None, [], {}  # its state, the categories, Rows by sort order
+        self._listing = None, {}, {}  # its state, the categories, Rows by sort order
         # Only a proxy in front knows whether the visitor came over HTTPS.
         pages_app = ProxyFix(self.wsgi_app, x_for=0, x_proto=bool(settings.proxies))
         self.wsgi_app = TrackerApp(tracker, pages_app)
         self.jinja_loader = DictLoader(TEMPLATES)
         self.jinja_env.globals.update(tracker=tracker, style=STYLE, site_url=site_url)
         self.jinja_env.globals.update(announce_urls=announce_urls, member=member)
+        self.jinja_env.globals.update(version=__version__, icon=ICON)
         self.config["MAX_CONTENT_LENGTH"] = MAX_TORRENT_BYTES + 2**16
-        for template_filter in (visible, http_date, date_text, magnet_of):
+        for template_filter in (visible, http_date, date_text, magnet_of, soft, linked):
             self.add_template_filter(template_filter)
         self.register_blueprint(pages)
 
@@ -4451,8 +4590,9 @@ class BitBreeze(flask.Flask):
     def listing(self, sort, now):
         """Return (Rows of all listed torrents, sorted; their categories; Totals).
 
-        Rows that are equal in a sort order are sorted by name. The lists are kept until
-        the torrents or their counts change.
+        With each category comes the number of torrents in it and below it. Rows that
+        are equal in a sort order are sorted by name. The lists are kept until the
+        torrents or their counts change.
         """
         catalogue = self.tracker.catalogue
         catalogue.refresh(now, at_once=True)
@@ -4461,12 +4601,12 @@ class BitBreeze(flask.Flask):
         if state != self._listing[0]:
             rows = [Row(torrent, counts) for torrent in catalogue.torrents.values()]
             rows.sort(key=attrgetter("searched"))
-            categories = {""}
-            for category in {row.category for row in rows}:
-                while category not in categories:
-                    categories.add(category)
-                    category = category.rpartition("/")[0]
-            self._listing = state, sorted(categories)[1:], {"name": rows}
+            categories = Counter()
+            for row in filter(attrgetter("category"), rows):
+                parts = row.category.split("/")
+                above = ["/".join(parts[:n]) for n in range(1, len(parts) + 1)]
+                categories.update(above)
+            self._listing = state, dict(sorted(categories.items())), {"name": rows}
             sizes = zlib.crc32(repr(sorted(counts.items())).encode())
             self.listing_state = catalogue.changed, sizes  # the same in all workers
         _, categories, orders = self._listing

@@ -72,6 +72,28 @@ def test_feed_of_a_search_and_of_a_category(site, tmp_path):  # noqa: F811
     assert parsed(client, "category=bsd&q=one").feed.title == "BitBreeze / bsd / one"
 
 
+def test_feed_of_torrents_without_seeders(site, tmp_path):  # noqa: F811
+    client = site("alive", "dead", "older")
+    put(tmp_path / "torrents", 0, "new", {}, {})
+    os.utime(tmp_path / "torrents/0.torrent")
+    client.app.tracker.catalogue.refresh(time.time() + 2, at_once=True)
+    alive = next(each for each in listed(client) if each["name"] == "alive")
+    client.announce(1, info_hash=bytes.fromhex(alive["info_hash"]), left=0)
+    client.app.tracker._snapshot = 0, 0, None
+    feed = parsed(client, "dead=1")
+    assert [entry.title for entry in feed.entries] == ["dead", "older"]
+    assert feed.feed.title == "BitBreeze / without seeders"
+    assert len(parsed(client).entries) == 4
+
+
+def test_an_item_says_size_files_and_magnet(site):  # noqa: F811
+    client = site("a")
+    (entry,) = parsed(client).entries
+    size, files, link = entry.description.split(", ")
+    assert (size, files) == ("5 Bytes", "files: 1")
+    assert unescape(link) == listed(client)[0]["magnet"]
+
+
 def test_feed_stays_short(site):  # noqa: F811
     names = [f"n{number}" for number in range(120)]
     client = site(*names)
@@ -200,6 +222,7 @@ def test_json_of_a_torrent(site):  # noqa: F811
         "page": f"{BASE}/torrent/{one}", "download": f"{BASE}/torrent/{one}.torrent",
         "piece_length": 16384, "comment": "hello", "created": None, "created_by": "",
         "web_seeds": [], "magnet": None,
+        "description": "",
         "progress": {"mean": None, "leechers": [0] * 10, "unknown": 0},
         "files": [{"path": ["d", "f"], "size": 3}, {"path": ["g"], "size": 4}],
     }  # fmt: skip

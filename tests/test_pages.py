@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import quote, unquote_to_bytes
+from xml.etree import ElementTree
 
 import bencoder
 import libtorrent
@@ -46,7 +47,8 @@ def put(folder, number, name, info, keys):
 
 def names(page):
     """Return the names in the list, as the page shows them."""
-    return re.findall(r"^<tr><td><a [^>]*><bdi>(.*?)</bdi>", page, re.M)
+    found = re.findall(r"^<tr><td><a [^>]*>(.*?)</a>", page, re.M)
+    return [name.replace("<wbr>", "") for name in found]
 
 
 def first_id(client):
@@ -54,10 +56,10 @@ def first_id(client):
 
 
 def text(answer):
-    """Return the body of an answer with status 200."""
+    """Return the body of an answer with status 200, without soft breaks."""
     status, _, body = answer
     assert status == "200 OK", body.decode()
-    return body.decode()
+    return body.decode().replace("<wbr>", "")
 
 
 def test_front_page(tracker):
@@ -73,8 +75,8 @@ def test_front_page(tracker):
 
 
 def test_front_page_says_what_is_tracked(tracker):
-    assert b"it tracks any torrent" in tracker(track="any").get("/")[2]
-    assert b"tracks only the torrents" in tracker(track="listed").get("/")[2]
+    assert b"it tracks any\ntorrent" in tracker(track="any").get("/")[2]
+    assert b"tracks only the torrents on" in tracker(track="listed").get("/")[2]
 
 
 def test_links_contain_the_prefix(tmp_path, site):
@@ -101,9 +103,9 @@ def test_list_shows_the_folder(site, tmp_path):
     client.announce(2, info_hash=one)
     client.announce(2, info_hash=one, left=0, event="completed")
     page = text(client.get("/"))
-    row = re.search("<tr><td>.*?</tr>", page, re.S)[0]
+    row = re.search("^<tr><td>.*", page, re.M | re.S)[0]
     assert re.findall("<td[^>]*>([^<]*)</td>", row)[:4] == ["5 Bytes", "2", "0", "1"]
-    assert page.count("no seeders") == 1
+    assert page.count("class=bad") == 1
     (tmp_path / "deny.txt").write_text(one.hex())
     assert names(text(site().get("/"))) == ["two"]
     assert site().get(f"/torrent/{one.hex()}")[0] == "404 NOT FOUND"
@@ -136,12 +138,18 @@ def test_page_has_100_torrents(site):
         page = text(client.get("/", query))
         assert len(names(page)) in (100, 50)
         seen += names(page)
-        following = re.search('href="/[?]([^"]*)#torrents"\\s+rel="next"', page)
+        following = re.search('href="/[?]([^"]*)"\\s+rel="next"', page)
         query = following and following[1].replace("&amp;", "&")
     assert seen == [f"n{number:03}" for number in range(250)]
-    previous = re.search('href="/[?]([^"]*)#torrents"\\s+rel="prev"', page)[1]
+    previous = re.search('href="/[?]([^"]*)"\\s+rel="prev"', page)[1]
     page = text(client.get("/", previous.replace("&amp;", "&")))
     assert names(page)[0] == "n100"
+
+
+def test_a_page_of_100_is_short(site):
+    client = site(*(f"debian-12.7.0-amd64-netinst-{n:05}.iso" for n in range(100)))
+    poll(lambda: len(names(text(client.get("/")))) == 100, 20, "all torrents")
+    assert len(client.get("/")[2]) < 60_000
 
 
 DETAILS = {
@@ -173,7 +181,7 @@ def test_page_of_a_torrent(site):
         "<dt>seeders</dt><dd>1</dd>",
     ):
         assert expected in page, expected
-    assert re.search("Last seen</dt><dd><bdi>20[2-9]", page)
+    assert re.search("last seen</dt><dd>20[2-9]", page)
     assert "No seeders" not in page
 
 
@@ -223,19 +231,105 @@ def test_a_category_is_named_and_kept_by_the_search(tracker, tmp_path):
     put(tmp_path / "torrents/Other", 1, "b", {}, {})
     client = tracker()
     page = text(client.get("/", "category=Linux"))
-    assert "Torrents in <bdi>Linux</bdi>" in page and names(page) == ["a"]
-    assert "<option selected>Linux</option>" in page
-    assert ">Linux/&lt;Fedora&gt;</option>" in page
+    assert "<h1><bdi>Torrents in Linux</bdi></h1>" in page and names(page) == ["a"]
+    assert " aria-current=page><bdi>Linux</bdi>\n 1</a>" in page
+    assert "><bdi>Linux/&lt;Fedora&gt;</bdi>\n 1</a>" in page
+    assert '<input type="hidden" name="category" value="Linux">' in page
+    assert "Fedora" not in text(client.get("/")).partition("<table>")[0]
+    assert "There is no such category." in text(client.get("/", "category=Lin"))
     assert "Torrents in" not in text(client.get("/"))
     torrent = text(client.get(f"/torrent/{first_id(client)}"))
-    [link] = re.findall(r'href="/\?(category=[^"]*)#torrents"', torrent)
+    [link] = re.findall(r'href="/\?(category=[^"]*)"', torrent)
     assert names(text(client.get("/", link))) == ["a"]
+
+
+def test_headings_sort_the_list_and_turn_it_round(site):
+    client, query = site("b", "a", "c"), ""
+    order = {"Name": "abc", "Added": "bac", "Size": "abc"}
+    for heading, found in order.items():
+        for is_turned in (False, True):
+            page = text(client.get("/", query))
+            link = re.search(rf'<th[^>]*><a href="/([^"]*)">{heading}', page)[1]
+            query = link.partition("?")[2].replace("&amp;", "&")
+            page = text(client.get("/", query))
+            (sorts,) = re.findall(r'aria-sort="(\w+)"><a [^>]*>(\w+) (.)<', page)
+            is_up = is_turned == (heading != "Name")
+            assert sorts == (
+                "ascending" if is_up else "descending", heading, "▲" if is_up else "▼"
+            )  # fmt: skip
+            if heading != "Size":  # these three are equal
+                assert "".join(names(page)) == found[:: -1 if is_turned else 1]
+
+
+def test_a_text_beside_a_torrent_describes_it(site, tmp_path):
+    client = site("a")
+    one = first_id(client)
+    path = tmp_path / "torrents/linux/0.txt"
+    said = "See <https://a.test/?x=1&y>, or javascript:alert(1).\nftp://b \u202e\n"
+    path.write_text(said + "long" * 2**15)
+    page = text(client.get(f"/torrent/{one}"))
+    assert (
+        'See &lt;<a href="https://a.test/?x=1&amp;y" rel="noreferrer nofollow">'
+        "https://a.test/?x=1&amp;y</a>&gt;, or javascript:alert(1).\nftp://b ⟨U+202E⟩"
+    ) in page
+    assert page.count('<a href="https:') == 1 and len(page) < 80_000
+    path.unlink()
+    path.mkdir()
+    assert "Description" not in text(client.get(f"/torrent/{one}"))
+
+
+def test_web_seeds_are_links_and_in_the_magnet_link(site):
+    client = site("a", **{"url-list": [b"https://m.test/a b", b"ftp://x"]})
+    one = first_id(client)
+    page = text(client.get(f"/torrent/{one}"))
+    link = json.loads(client.get(f"/torrent/{one}.json")[2])["magnet"]
+    read = libtorrent.parse_magnet_uri(link)
+    assert read.url_seeds == ["https://m.test/a b", "ftp://x"]
+    assert link.replace("&", "&amp;") in page
+    assert '<a href="https://m.test/a" rel="noreferrer nofollow">' in page
+    assert "<dt>Web seed</dt><dd><bdi>ftp://x</bdi></dd>" in page
+
+
+def test_badges_say_how_many_there_are(site):
+    client = site("a")
+    one = first_id(client)
+    client.announce(1, info_hash=bytes.fromhex(one), left=0)
+    client.announce(2, info_hash=bytes.fromhex(one))
+    client.app.tracker._snapshot = 0, 0, None
+    for path in ("/badge.svg", f"/torrent/{one}.svg"):
+        status, headers, body = client.get(path)
+        assert status == "200 OK" and headers["Content-Type"] == "image/svg+xml"
+        assert headers["Cache-Control"] == "max-age=300"
+        assert b">1 seeders, 1 leechers</text>" in body
+        ElementTree.fromstring(body)
+    assert client.get(f"/torrent/{'0' * 40}.svg")[0] == "404 NOT FOUND"
+
+
+def test_an_error_says_what_to_do(site):
+    client = site("a")
+    page = client.get("/nothing")[2].decode()
+    assert "<p>There is no such page on this tracker.</p>" in page
+    assert '<a href="/">Go to the front page</a>' in page
+    assert "If you entered the URL" not in page
+
+
+@pytest.mark.parametrize(("track", "is_open"), [("any", True), ("listed", False)])
+def test_an_empty_tracker_says_what_to_do(tracker, track, is_open):
+    page = text(tracker(track=track).get("/"))
+    assert "No torrents are listed yet" in page and page.count("<li>") >= 3
+    assert ("The torrent must be on the list." in page) != is_open
+    assert ("Ask the operator to put" in page) != is_open
+    assert 'name="q"' not in page
 
 
 def test_page_of_a_bare_torrent(site):
     client = site("one.iso")
     page = text(client.get(f"/torrent/{first_id(client)}"))
-    for expected in ("<li><bdi>one.iso</bdi>", "No seeders now.", "<bdi>never</bdi>"):
+    for expected in (
+        "<li><bdi>one.iso</bdi>",
+        "No seeders now:",
+        "<dt>last seen</dt><dd>never</dd>",
+    ):
         assert expected in page
     assert not re.search("Comment|Created|Private|Web seed|hash v2", page)
 
