@@ -3486,7 +3486,8 @@ TEMPLATES = {
 {% extends "base.html" %}
 {% block intro %}
 {% if settings.notice %}<p class="note warning">{{ settings.notice }}</p>{% endif %}
-<p class="faint">{% if tracker.catalogue.is_open %}This tracker is open: it tracks any
+{% if not heading %}<p class="faint">
+{% if tracker.catalogue.is_open %}This tracker is open: it tracks any
 torrent that clients announce.{% else %}This tracker tracks only the torrents on its
 list.{% endif %}
 {% if settings.private %}It is for members only.{% endif %} Announce URL:</p>
@@ -3508,7 +3509,7 @@ Deluge. Click on the magnet of a torrent, or open its .torrent file in the clien
 {% endif %} If your client announced it before, use "Force reannounce".</li>{% endif %}
 <li>Leave it in your client, so that it seeds.</li>
 <li>Send others the .torrent file, its magnet link, or the address of its page.</li>
-</ol></details>
+</ol></details>{% endif %}
 {% endblock %}
 {% block main %}
 {% if tracker.catalogue.unread %}<p class="note">Torrent files still to read:
@@ -3858,7 +3859,7 @@ def require_key():
     others = "pages.health", "pages.doctor_page", "pages.swarm_json"
     is_for_all = request.endpoint in others or not current_app.tracker.settings.private
     if not is_for_all and not member():
-        flask.abort(403, f"T{NEEDS_KEY[1:]}.")
+        flask.abort(403, "This tracker needs a key: open the link that you were sent.")
     is_publishing = request.endpoint in ("pages.publish", "pages.edit")
     if is_publishing and not (member() and member().can_publish):
         flask.abort(403, "Only members whose key has the word publish can do this.")

@@ -369,7 +369,7 @@ def cgi_lighttpd(site):
 
 
 class Host(NamedTuple):
-    """A row of the README's table of hosts."""
+    """How to set up a host, and what it needs."""
 
     setup: object
     needs: tuple = ()

@@ -1,7 +1,10 @@
 """Templates: the pages in a real browser, with a check of their accessibility."""
 
+import json
 import os
 import shutil
+from pathlib import Path
+from urllib.request import urlopen
 
 import libtorrent
 import pytest
@@ -17,7 +20,7 @@ OPTIONS = [
     *("--disable-background-networking", "--disable-component-update"),
     *("--disable-sync", "--disable-dev-shm-usage"),
 ]
-KEY = "opensesame"
+KEY, MEMBER = "opensesame", "p" * 26
 NAMES = [MARKUP, "שלום עולם.iso", "evil\u202egpj.exe", "long" * 60, "plain.iso"]
 NAMES += [f"nightly-{number:03}" for number in range(120)]
 
@@ -190,10 +193,81 @@ def test_a_torrent_and_its_download_by_keyboard(visit, tmp_path):
     assert str(libtorrent.torrent_info(made).info_hash()) == one
 
 
+# Screenshots
+
+ISOS = {
+    "debian-12.7.0-amd64-netinst.iso": "linux/debian",
+    "ubuntu-24.04.1-desktop-amd64.iso": "linux/ubuntu",
+    "Fedora-Workstation-Live-x86_64-41-1.4.iso": "linux/fedora",
+    "archlinux-2024.10.01-x86_64.iso": "linux",
+    "FreeBSD-14.1-RELEASE-amd64-dvd1.iso": "bsd",
+    "openSUSE_Tumbleweed_with_a_very_long_name_without_spaces.iso": "linux",
+    "LibreOffice_24.8.2_Linux_x86-64_deb.tar.gz": "office",
+}
+PEERS = (11, 23, 9, 4, 6, 0, 3)
+
+
+@pytest.fixture
+def harbour(tmp_path):
+    """URLs of pages with likely contents, by name."""
+    folder, ports = tmp_path / "torrents", (free_port(), free_port(), free_port())
+    for number, (name, category) in enumerate(ISOS.items()):
+        size = 700_000_000 + number * 611_000_000
+        pieces = b"p" * 20 * -(-size // 2**22)
+        info = {"length": size, "piece length": 2**22, "pieces": pieces}
+        info |= {"private": 1} if category == "bsd" else {}
+        put(folder / category, number, name, info, {})
+    text = (
+        "The small installer of Debian 12.\n\nSee https://www.debian.org/releases/.\n"
+    )
+    (folder / "linux/debian/0.txt").write_text(text)
+    (tmp_path / "keys.txt").write_text(f"{MEMBER} Ana publish\n")
+    common = {"TRACKER_TITLE": "ISO Harbour", "TRACKER_TORRENTS": str(folder)}
+    private = {**common, "TRACKER_PRIVATE": "yes", "TRACKER_DATA": str(tmp_path / "p")}
+    empty = {
+        "TRACKER_DATA": str(tmp_path / "e"),
+        "TRACKER_TORRENTS": str(tmp_path / "n"),
+    }
+    common["TRACKER_DATA"] = str(tmp_path / "data")
+    with (
+        serving(gunicorn(ports[0]), ports[0], common) as site,
+        serving(gunicorn(ports[1]), ports[1], private) as members,
+        serving(gunicorn(ports[2]), ports[2], empty) as bare,
+    ):
+        with urlopen(f"{site.url}/torrents.json") as answer:
+            listed = json.load(answer)["torrents"]
+        for torrent, peers in zip(listed, PEERS, strict=True):
+            info_hash = bytes.fromhex(torrent["info_hash"])
+            for number in range(peers):
+                left = 0 if number % 3 == 0 else torrent["size"] * number // 30
+                announce(
+                    site.url, info_hash, b"%020d" % number, 5000 + number, left=left
+                )
+        pages = {torrent["category"]: torrent["page"] for torrent in listed}
+        yield {
+            "front": f"{site.url}/?",
+            "torrent": pages["linux/debian"],
+            "private": pages["bsd"],
+            "publish": f"{members.url}/{MEMBER}/?category=office#publish",
+            "empty": f"{bare.url}/?",
+        }
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [(1200, "light"), (1200, "dark"), (800, "light"), (390, "light"), (390, "dark")],
+)
+def test_screenshots_are_made(visit, harbour, width, scheme):
+    """They are kept, so that a change of the pages is seen; README shows one."""
+    for name, url in harbour.items():
+        site, slash, path = url.partition("/torrent/" if "/torrent/" in url else "/?")
+        page = visit(slash + path, site, width=width, scheme=scheme).page
+        path = Path(__file__).with_name("screenshots") / f"{name}-{width}-{scheme}.jpeg"
+        page.screenshot(path=path, type="jpeg", quality=35)
+
+
 # For members only
-
-
-MEMBER = "p" * 26
 
 
 @pytest.fixture
