@@ -3638,20 +3638,13 @@ link: clients need its .torrent file. Peers come from this tracker only.</p>{% e
 {% endfor %}{% for url in details.web_seeds -%}
 <dt>Web seed</dt><dd><bdi>{{ url | linked }}</bdi></dd>
 {% endfor %}</dl></details>
-{% endblock %}
-{% block footer %}<a href="{{ row.id }}.json">This torrent as JSON</a>
-{% if member().can_publish %}<a href="{{ row.id }}/edit">Move or remove</a>{% endif %}
-{% endblock %}
-""",
-    "edit.html": """\
-{% extends "base.html" %}
-{% block main %}
-<form method="post"><label>Category
+{% if member().can_publish %}<details><summary>Move or remove</summary>
+<form method="post" action="{{ row.id }}/edit"><label>Category
   <input name="category" value="{{ row.category }}" maxlength="500"></label>
-  <button>Move</button></form>
-<form method="post"><p>Or remove the .torrent file, so that it is tracked no more.</p>
-  <button name="remove" value="yes">Remove</button></form>
+  <button>Move</button> <button name="remove" value="yes">Remove from the list</button>
+</form></details>{% endif %}
 {% endblock %}
+{% block footer %}<a href="{{ row.id }}.json">This torrent as JSON</a>{% endblock %}
 """,
     "feed.xml": """\
 <?xml version="1.0" encoding="utf-8"?>
@@ -3880,12 +3873,10 @@ def publish():
     return {"page": page, "info_hash": info_hash}, 303, {"Location": page}
 
 
-@pages.route("/torrent/<info_hash>/edit", methods=["GET", "POST"])
+@pages.post("/torrent/<info_hash>/edit")
 def edit(info_hash):
-    """Ask a publisher whether to move a torrent or to remove it, and do that."""
+    """Move a torrent to another category, or remove its .torrent file."""
     row, _, _ = _torrent_or_404(info_hash)
-    if request.method == "GET":
-        return render_template("edit.html", heading=row.name, row=row)
     category = None if "remove" in request.form else request.form["category"]
     current_app.tracker.catalogue.move(row.torrent, category, int(time.time()))
     what = "removed" if category is None else f"moved to {category!r}"

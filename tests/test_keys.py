@@ -83,7 +83,8 @@ ACTS = {
     "metrics": lambda c, p: c.get(f"{p}/metrics")[0][:3],
     "download": lambda c, p: c.get(f"{p}/torrent/{c.one.hex()}.torrent")[0][:3],
     "publish": lambda c, p: post(c, f"{p}/publish", torrent_of("two"))[0][:3],
-    "edit": lambda c, p: c.get(f"{p}/torrent/{c.one.hex()}/edit")[0][:3],
+    "move": lambda c, p: post(
+        c, f"{p}/torrent/{c.one.hex()}/edit", fields={"category": "x"})[0][:3],
     "remove": lambda c, p: post(
         c, f"{p}/torrent/{c.one.hex()}/edit", fields={"remove": "yes"})[0][:3],
     "health": lambda c, p: c.get("/health")[0][:3],
@@ -109,7 +110,7 @@ ALLOWED = {  # on an open tracker, on a private one
     "stranger": ("yes yes 200 200 200 200 200 403 403 403 200",
                  "no no 403 403 403 403 403 403 403 403 200"),
     "member": ("yes yes 200 200 200 200 200 403 403 403 200",) * 2,
-    "publisher": ("yes yes 200 200 200 200 200 303 200 303 200",) * 2,
+    "publisher": ("yes yes 200 200 200 200 200 303 303 303 200",) * 2,
 }  # fmt: skip
 # Another key is a path of nothing on an open tracker; announces ignore it.
 UNKNOWN = ("yes yes 404 404 404 404 404 404 404 404 200",
@@ -124,7 +125,7 @@ def test_who_may_do_what(site, who, private):
     expected = dict(zip(ACTS, ALLOWED.get(who, UNKNOWN)[private].split(), strict=True))
     found = {name: act(client, prefix) for name, act in ACTS.items()}
     if who in ("expired", "revoked"):
-        for name in ("publish", "edit", "remove"):
+        for name in ("publish", "move", "remove"):
             assert found.pop(name) in ("404", "403", "405")
             del expected[name]
     assert found == expected
@@ -304,7 +305,7 @@ def test_publishing(site, tmp_path, caplog):
     assert status == "303 SEE OTHER" and f"/{key}/torrent/" in headers["Location"]
     # Move it, and remove it.
     edit = f"/{key}/torrent/{answer['info_hash']}/edit"
-    assert b"Remove" in client.get(edit)[2]
+    assert b"Remove" in client.get(edit.removesuffix("/edit"))[2]
     assert post(client, edit, fields={"category": "other"})[0] == "303 SEE OTHER"
     moved = tmp_path / "torrents/other" / path.rpartition("/")[2]
     assert moved.read_bytes() == data
