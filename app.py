@@ -3057,7 +3057,6 @@ local I, P, T, call, sub = KEYS[1], KEYS[2], KEYS[3], redis.call, string.sub
 local id, e, a = ARGV[1], ARGV[2], cjson.decode(ARGV[3])
 local NONE = {[6] = string.rep('\\0', 6), [7] = string.rep('\\0', 18)}
 local FORM, SIZE = '<c20I4BI4I4c6c18', 57
-call('setrange', P, 0, '')  -- with a full memory it fails here, before any change
 local now, ttl = a.now or tonumber(call('time')[1]), a.ttl
 local stopped = a.event == 'stopped'
 local n = call('hmget', I, 'p', 'l', 'd', 's')  -- see RedisStore
@@ -3091,9 +3090,9 @@ end
 local function remove(id)  -- the last leecher and the last seeder fill the gaps
   local at = tonumber(call('hget', I, id))
   local r, leeches = read(at), at < n[2]
-  tally(r, -1)
-  call('hdel', I, id)
+  call('hdel', I, id)  -- Redis allows this with a full memory, and then the rest
   call('zrem', T, id)
+  tally(r, -1)
   if leeches then
     n[2], n[3] = n[2] - 1, n[3] - r[3] % 2
     move(n[2], at)
@@ -3113,8 +3112,8 @@ local function save()
 end
 
 -- 1. Forget expired peers: all at once, or some of many.
-local newest = tonumber(call('zrevrange', T, 0, 0, 'withscores')[2] or now)
-if newest < now - ttl or a.what == 'retire' then
+local newest = tonumber(call('zrevrange', T, 0, 0, 'withscores')[2] or 0)
+if n[1] > 0 and newest < now - ttl or a.what == 'retire' then
   n = {0, 0, 0, a.what == 'retire' and 0 or n[4]}
   save()
 end
@@ -3127,7 +3126,7 @@ elseif a.what == 'raise_snatches' then
   n[4] = math.max(n[4], a.snatches)
   save()
 end
-n[5], n[6], n[7], n[8] = now, n[1] > 0 and newest or 0, NONE[6], NONE[7]
+n[5], n[6], n[7], n[8] = now, newest, NONE[6], NONE[7]
 n[9] = a.what == 'records' and get(0, n[1]) or ''
 if a.what ~= 'announce' then return n end
 -- 2. Find the peer's record, and forget the endpoint in it that has expired.
@@ -3209,9 +3208,10 @@ class RedisStore(FileStore):
         t  sorted set of peer_ids by their last announce
 
     An announce is one call of the script, so a tracker that is killed leaves nothing
-    half done. The time is the engine's: the clocks of hosts differ. Each call forgets
-    50 expired peers, or all if all have expired. The keys of a swarm without announces
-    expire. max_swarms is a third of the keys in the database, or in a Cluster's node.
+    half done. With a full memory, or read-only, Redis refuses the first change. The
+    time is the engine's: the clocks of hosts differ. Each call forgets 50 expired
+    peers, or all if all have expired. The keys of a swarm without announces expire.
+    max_swarms is a third of the keys in the database, or in a Cluster's node.
     """
 
     has_clock = True  # the engine has the time

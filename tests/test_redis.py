@@ -155,6 +155,21 @@ def test_keys_expire_in_the_engine(engine, tmp_path):
     assert store.scrape([HASH], NOW) == {HASH: (0, 0, 0, 1)}
 
 
+def test_counts_do_not_outlive_the_peers(engine, tmp_path):
+    """The peers expire in the engine before the snatches do."""
+    store = make(engine, tmp_path)
+    add(store, 1)
+    add(store, 1, left=0)
+    add(store, 2)
+    assert store.scrape([HASH], NOW) == {HASH: (1, 1, 0, 1)}
+    for key in "pt":
+        engine.client.delete(f"bb:{{{HASH.hex()}}}:{key}")
+    for _ in range(2):
+        assert store.scrape([HASH], NOW) == {HASH: (0, 0, 0, 1)}
+    assert add(store, 3)[0] == (0, 1, 0, 1)
+    check_keys(engine)
+
+
 def test_many_that_vanish_at_once_stall_nobody(engine, tmp_path):
     store = make(engine, tmp_path, has_clock=False)
     for peer in range(3000):
@@ -225,8 +240,20 @@ def test_a_full_engine_is_refused(engine, tmp_path):
     add(store, 1)
     engine.client.config_set("maxmemory", 1)
     assert "maxmemory" in refused(store)
+    assert store.scrape([HASH], NOW) == {HASH: (0, 1, 0, 0)}
     engine.client.config_set("maxmemory", 0)
     assert add(store, 2)[0] == (0, 2, 0, 0)
+
+
+def test_peers_leave_a_full_engine(engine, tmp_path):
+    store = make(engine, tmp_path, has_clock=False)
+    for peer in range(5):
+        add(store, peer, NOW + peer)
+    engine.client.config_set("maxmemory", 1)
+    assert add(store, 1, NOW + 9, event="stopped")[0] == (0, 4, 0, 0)
+    assert store.scrape([HASH], NOW + 4202) == {HASH: (0, 3, 0, 0)}
+    engine.client.config_set("maxmemory", 0)
+    check_keys(engine)
 
 
 def test_a_hung_engine_stops_a_worker_for_seconds_only(engine, tmp_path):
