@@ -174,7 +174,7 @@ def fill(app, folder, workload, **settings):
 class Server:
     """A server and its workers. They run inside a ``with`` block."""
 
-    def __init__(self, command, folder, app=None, store="files"):
+    def __init__(self, command, folder, app=None, store=""):
         """Keep data in ``folder``. A command may name {folder}, {app} and {port}."""
         self.folder, self.port, self.store = folder, free_port(), store
         names = {"folder": folder, "app": app, "port": self.port}
@@ -184,7 +184,8 @@ class Server:
     def __enter__(self):
         data, torrents = f"{self.folder}/data", f"{self.folder}/torrents"
         environ = os.environ | {"TRACKER_DATA": data, "TRACKER_TORRENTS": torrents}
-        environ["TRACKER_STORE"] = self.store
+        if self.store:  # an earlier version does not know it
+            environ["TRACKER_STORE"] = self.store
         with open(self.folder / "log.txt", "ab") as log:
             output = {"stdout": log, "stderr": log, "start_new_session": True}
             self.process = subprocess.Popen(self.command, env=environ, **output)
@@ -648,7 +649,7 @@ def redis(run):
             both = server, engine, run.seconds, workload
             measures[name] = partial(cost_of_both, *both)
             if swarms > 1:
-                servers = {"files": "files", "redis": engine.url}, workload
+                servers = {"files": "", "redis": engine.url}, workload
         costs = take_turns(run.rounds, measures)
         first, *_ = costs.values()
         rows = [
