@@ -4119,7 +4119,7 @@ def badge(info_hash=""):
     if info_hash:
         counts = _torrent_or_404(info_hash)[0].counts
     fill = "#1a7f37" if counts.seeders else "#b3261e"
-    text = f"{counts.seeders:,} seeders, {counts.leechers:,} leechers"
+    text = f"seeders {counts.seeders:,}, leechers {counts.leechers:,}"
     image = render_template("badge.svg", text=text, fill=fill)
     return image, {"Content-Type": "image/svg+xml", "Cache-Control": "max-age=300"}
 

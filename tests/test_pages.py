@@ -300,7 +300,7 @@ def test_badges_say_how_many_there_are(site):
         status, headers, body = client.get(path)
         assert status == "200 OK" and headers["Content-Type"] == "image/svg+xml"
         assert headers["Cache-Control"] == "max-age=300"
-        assert b">1 seeders, 1 leechers</text>" in body
+        assert b">seeders 1, leechers 1</text>" in body
         ElementTree.fromstring(body)
     assert client.get(f"/torrent/{'0' * 40}.svg")[0] == "404 NOT FOUND"
 
