@@ -156,7 +156,7 @@ DAMAGED = {
     "big key": (changed('"key": 5', '"key": 4294967296'), "line 2 is wrong: "),
     "half a key": (changed('"key": 5', '"key": 5.5'), "line 2 is wrong: required arg"),
     "hex key": (changed('"key": 5', '"key": "05"'), "line 2 is wrong: required argum"),
-    "big state": (changed('"state": 2', '"state": 256'), "line 2 is wrong: ubyte form"),
+    "big state": (changed('"state": 2', '"state": 256'), "line 2 is wrong: "),
     "negative": (changed('"snatches": 9', '"snatches": -9'), "line 3 is wrong: "),
     "short end": (changed("c00002011ae1", "c0000201"), "line 2 is wrong: a peer_id"),
     "an endpoint": (changed('"c00002011ae1"', "7"), "line 2 is wrong: argument for"),
