@@ -34,7 +34,6 @@ in reading order:
     Templates                 style sheet and pages
     Pages and feeds           list, torrent, publishing, RSS, JSON, metrics
     Doctor                    what may be wrong with this host, and what to set
-    Export and import         everything worth keeping, as lines of JSON
     Application and commands  create_app; python app.py and its commands
 
 Where new things go: a new event or parameter of clients in HTTP protocol, its effect in
@@ -2023,19 +2022,8 @@ class FileStore:
         left = max(0, before - removed)
         self._count_swarms(lambda *known: (found, live) if known[0] == left else known)
 
-    def records(self, clock):
-        """Yield (info_hash, snatches, peers) of every swarm, as of one moment each.
-
-        ``peers`` yields (Record, is_seeder). ``clock`` returns the current second: the
-        caller may take long.
-        """
-        for info_hash, found in self._walk(range(256), clock, Swarm.records):
-            snatches, pages = found or (0, [])
-            if snatches or next(chain.from_iterable(pages), None):
-                yield info_hash, snatches, chain.from_iterable(pages)
-
     def peers(self, info_hash, now):
-        """Return the snatches of a swarm, and an iterator like that of ``records``."""
+        """Return the snatches of a swarm, and an iterator of (Record, is_seeder)."""
         snatches, pages = self._visit(info_hash, now, False, Swarm.records) or (0, [])
         return snatches, chain.from_iterable(pages)
 
@@ -4430,122 +4418,6 @@ def _check_addresses(announce):
         yield Finding(FAILURE, f"{fact} If that is a proxy, raise proxies.")
 
 
-# -- Export and import ----------------------------------------------------------------
-# An export is lines of JSON. Export and import keep only one of them in memory.
-
-EXPORT_VERSION = 2  # stays the same if keys are added
-BATCH = 500  # peers in a line, which are merged under one lock
-MAX_LINE = 2**20  # bytes; 500 peers take 115,000
-
-
-def export_lines(store, clock):
-    """Yield the lines of an export. ``clock`` returns seconds since 1970.
-
-        {"format": "BitBreeze", "version": 2, "made": SECONDS}
-        {"info_hash": HEX, "snatches": 3, "peers": [PEER, ...]}
-        {"end": true, "swarms": 1, "peers": 1}
-
-    A PEER has the fields of Record, with bytes in hex, and "seeder". A line has at most
-    500 peers, so a larger swarm has several lines.
-    """
-    header = {"format": "BitBreeze", "version": EXPORT_VERSION, "made": int(clock())}
-    yield json.dumps(header)
-    totals = Counter(swarms=0, peers=0)
-    for info_hash, snatches, records in store.records(lambda: int(clock())):
-        swarm = {"info_hash": info_hash, "snatches": snatches}
-        peers = ({**record._asdict(), "seeder": seeder} for record, seeder in records)
-        while (batch := list(islice(peers, BATCH))) or "peers" not in swarm:
-            swarm["peers"] = batch  # without peers, a swarm has one line, too
-            yield json.dumps(swarm, default=bytes.hex)
-            totals["peers"] += len(batch)
-        totals["swarms"] += 1
-    yield json.dumps({"end": True, **totals})
-
-
-def read_export(file):
-    """Yield the swarm in each line of an export, a binary file.
-
-    A swarm is (info_hash, snatches, [(Record, is_seeder), ...]). Raise ValueError with
-    the number of a line that is wrong, or if the end is missing.
-    """
-    number, entry = 0, {}
-    for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), 1):
-        try:
-            if not line.endswith(b"\n"):
-                raise ValueError("it is cut off")
-            if "end" in entry:
-                raise ValueError("it is behind the end")
-            entry = json.loads(line)
-            if number == 1:
-                if entry["version"] > EXPORT_VERSION:
-                    raise ValueError("a newer BitBreeze wrote it. Upgrade this one")
-            elif "end" not in entry:
-                yield _read_swarm(entry)
-        except Exception as error:  # a line may hold anything
-            prefix = "it has no " if isinstance(error, KeyError) else ""
-            reason = getattr(error, "msg", error)  # json's msg is without a line number
-            raise ValueError(f"line {number} is wrong: {prefix}{reason}") from None
-    if "end" not in entry:
-        raise ValueError(f"it is cut off after line {number}. Copy it again")
-
-
-def _read_swarm(entry):
-    """Return the swarm in a line. Any exception means that the line is wrong."""
-    peers = []
-    for peer in entry["peers"]:
-        fields = [peer[name] for name in Record._fields]
-        fields = [bytes.fromhex(f) if isinstance(f, str) else f for f in fields]
-        struct.pack("!20sIBII6s18s", *fields)  # this pads bytes that are too short
-        if [len(fields[0]), len(fields[5]), len(fields[6])] != [20, 6, 18]:
-            raise ValueError("a peer_id or an endpoint has another length")
-        peers.append((Record(*fields), bool(peer["seeder"])))
-    info_hash = bytes.fromhex(entry["info_hash"])
-    struct.pack("!I", entry["snatches"])
-    if len(info_hash) != 20:
-        raise ValueError("the info_hash has another length")
-    return info_hash, entry["snatches"], peers
-
-
-def merge_export(entries, store, clock, done):
-    """Merge what read_export yields. Count in ``done``, a Counter, how far it got.
-
-    Untracked torrents are merged, too: the lists decide at every announce. The larger
-    number of snatches stays.
-    """
-    last = None
-    for info_hash, snatches, peers in entries:
-        is_new, last = info_hash != last, info_hash  # a large swarm has several lines
-        now = int(clock())
-        try:
-            store.raise_snatches(info_hash, snatches, now)
-        except TrackerError:
-            done["swarms left out by max_swarms"] += is_new
-            continue
-        done["swarms"] += is_new
-        for record, seeder in peers:
-            done[_merge_peer(store, info_hash, record, seeder, now)] += 1
-
-
-def _merge_peer(store, info_hash, record, seeder, now):
-    """Announce what a client announced elsewhere. Return how to count it.
-
-    So all rules for announces hold. The peer counts as seen now. If it has moved since
-    the export, its next announce puts that right.
-    """
-    record = unexpired(record, now - store.settings.peer_ttl, now)
-    if not record:
-        return "expired peers left out"
-    event, left = "paused" if record.state & PARTIAL else "", 0 if seeder else None
-    try:
-        for end in filter(None, record.endpoints()):
-            known = record.peer_id, end[:-2], int.from_bytes(end[-2:], "big"), left
-            announce = Announce(info_hash, *known, event, 0, record.key)
-            store.announce(announce, 0, now, record.state // PROGRESS)
-    except TrackerError:
-        return "peers left out by keys or limits"
-    return "peers"
-
-
 # -- Application and commands ---------------------------------------------------------
 
 WORKERS = max(2, min(os.cpu_count() or 2, 8))  # processes, without --workers
@@ -4816,49 +4688,67 @@ def doctor(url):
 @cli.command()
 @click.argument("path", metavar="[FILE]", default="-")
 def export(path):
-    """Write all peers and snatches to FILE, for import.
+    """Write the snatches of all swarms to FILE, as JSON, for import.
 
-    Without FILE, write to standard output. The tracker may be running.
+    Without FILE, write to standard output. The tracker may be running. Peers are not in
+    it: they announce again within an interval.
     """
-    folder = app.tracker.store.folder
-    if app.tracker.settings.store == "files" and not os.path.isdir(folder):
-        raise click.ClickException(f"There is no {folder}. Set data as for the server.")
-    lines = export_lines(app.tracker.store, time.time)
-    os.umask(0o077)  # the addresses of peers are in it
+    store, is_file = app.tracker.store, app.tracker.settings.store == "files"
+    if is_file and not os.path.isdir(store.folder):
+        problem = f"There is no {store.folder}. Set data as for the server."
+        raise click.ClickException(problem)
+    with _progress(store.swarms(int(time.time())), "Export") as swarms:
+        found = {h.hex(): counts.snatches for h, counts in swarms if counts.snatches}
     try:
-        with click.open_file(path, "x") as file, _progress(lines, "Export") as shown:
-            for line in shown:
-                file.write(f"{line}\n")
+        with click.open_file(path, "x") as file:
+            file.write(f"{json.dumps(found)}\n")
     except BrokenPipeError:
         raise  # click handles it quietly, as for "export | head"
     except OSError as error:
         raise click.ClickException(f"The export failed: {error}.") from None
-    end = json.loads(line)
-    click.echo(f"Exported {end['swarms']} swarms, {end['peers']} peers.", err=True)
+    click.echo(f"Exported the snatches of {len(found)} swarms.", err=True)
 
 
 @cli.command("import")
 @click.argument("path", metavar="FILE")
 def import_(path):
-    """Merge FILE, which export wrote, into this tracker. "-" is standard input.
+    """Take over the snatches in FILE: {INFO_HASH: NUMBER}. "-" is standard input.
 
-    The tracker may be running. To import a file twice is the same as once.
+    The tracker may be running. The larger number of snatches stays, so it is safe to
+    import a file twice.
     """
-    done, failure = Counter(), ""
+    store, left_out = app.tracker.store, 0
     try:
         with click.open_file(path, "rb") as file:
-            with _progress(read_export(file), "Import") as entries:
-                # The server could not use files of root.
-                with suppress(FileNotFoundError, PermissionError):
-                    os.seteuid(os.stat(app.tracker.store.folder).st_uid)
-                merge_export(entries, app.tracker.store, time.time, done)
-    except (OSError, ValueError, KeyboardInterrupt) as error:
-        failure = str(error) or "Ctrl-C"
-    counts = [f"{number} {what}" for what, number in done.items() if number]
-    result = f"Imported {', '.join(counts) or 'nothing'}."
-    if failure:
-        raise click.ClickException(f"{failure}. {result} It is safe to try again.")
-    click.echo(result, err=True)
+            found = read_snatches(file.read())
+        with _progress(found.items(), "Import") as swarms:
+            # The server could not use files of root.
+            with suppress(FileNotFoundError, PermissionError):
+                os.seteuid(os.stat(store.folder).st_uid)
+            for info_hash, snatches in swarms:
+                try:
+                    store.raise_snatches(info_hash, snatches, int(time.time()))
+                except TrackerError:
+                    left_out += 1
+    except (OSError, ValueError) as error:
+        problem = f"The import failed: {error}. It is safe to try again."
+        raise click.ClickException(problem) from None
+    more = f"; max_swarms left out {left_out}" if left_out else ""
+    click.echo(f"Imported the snatches of {len(found)} swarms{more}.", err=True)
+
+
+def read_snatches(data):
+    """Return snatches by info_hash from the bytes of an export; raise ValueError."""
+    try:
+        found = {bytes.fromhex(h): number for h, number in json.loads(data).items()}
+        for info_hash, number in found.items():
+            struct.pack("!I", number)
+            if len(info_hash) != 20:
+                raise ValueError
+    except Exception:  # a file may hold anything
+        problem = "this is no whole export, such as {INFO_HASH: NUMBER}"
+        raise ValueError(problem) from None
+    return found
 
 
 def _progress(items, label):

@@ -135,8 +135,8 @@ class Client:
 
 def all_peers(store, now):
     """Yield (info_hash, Peers) of every swarm in a store that has peers."""
-    for info_hash, _, records in store.records(lambda: now):
-        if found := [record for record, _ in records]:
+    for info_hash, _ in store.swarms(now):
+        if found := [record for record, _ in store.peers(info_hash, now)[1]]:
             fields = ("peer_id", "endpoint4", "endpoint6")
             columns = (b"".join(getattr(r, field) for r in found) for field in fields)
             yield info_hash, bitbreeze.Peers(*columns)

@@ -394,17 +394,15 @@ def test_a_stranger_with_the_peer_id_takes_nothing(swarm, case, others):
         swarm.announce(1000 + peer)
     for known in before:
         swarm.announce(1, event=known[0], key=known[1], address=known[2])
-    ((_, _, peers),) = swarm.store.records(lambda: NOW)
+    _, peers = swarm.store.peers(HASH, NOW)
     was = [each for each, _ in peers if each.peer_id == peer_id(1)]
     if is_taken:
         swarm.announce(1, NOW + 5, event=event, key=key, address=address)
     else:
         with pytest.raises(bitbreeze.TrackerError, match="another key"):
             swarm.announce(1, NOW + 5, event=event, key=key, address=address)
-    found = [
-        r for _, _, peers in swarm.store.records(lambda: NOW + 5) for r, _ in peers
-    ]
-    found = [each for each in found if each.peer_id == peer_id(1)]
+    _, peers = swarm.store.peers(HASH, NOW + 5)
+    found = [each for each, _ in peers if each.peer_id == peer_id(1)]
     assert [each.key for each in found] == ([] if key_after is None else [key_after])
     if not is_taken:
         assert found == was
@@ -459,7 +457,7 @@ def test_one_address_cannot_gain_peers(make_store, others, was_at, crowd):
     assert refused == 20
     assert swarm.announce(10, address=crowd, port=7)[0] == (0, others + 30, 0, 0)
     assert swarm.announce(50, address=crowd, port=7)[0] == (0, others + 30, 0, 0)
-    ((_, _, peers),) = swarm.store.records(lambda: NOW)
+    _, peers = swarm.store.peers(HASH, NOW)
     ends = [end for record, _ in peers for end in record.endpoints()]
     assert sum(end[:-2] == crowd for end in ends) == 10
 
@@ -545,21 +543,10 @@ def test_completed_from_strangers_keeps_no_swarm(make_store):
 def test_records_of_a_swarm_stay_as_they_were(swarm):
     for peer in range(100):
         swarm.announce(peer)
-    ((_, _, peers),) = swarm.store.records(lambda: NOW)
+    _, peers = swarm.store.peers(HASH, NOW)
     for peer in range(100):
         swarm.announce(peer, NOW + 5, left=0)
     assert {(record.seen4, is_seeder) for record, is_seeder in peers} == {(NOW, False)}
-
-
-def test_a_slow_walk_keeps_peers_that_announce_meanwhile(make_store):
-    store, other, now = make_store(), make_store(), iter((NOW, NOW + TTL + 5))
-    for first in (1, 255):
-        Swarm(store, bytes([first]) * 20).announce(1)
-    walk = store.records(lambda: next(now))
-    next(walk)
-    Swarm(other, b"\xff" * 20).announce(2, NOW + TTL)
-    (_, _, peers) = next(walk)
-    assert [each.seen4 for each, _ in peers] == [NOW + TTL]
 
 
 @pytest.mark.parametrize(

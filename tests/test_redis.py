@@ -370,8 +370,8 @@ def storm(nodes, trackers, tmp_path, cases):
     store = make(nodes[0], tmp_path)
     found = {
         (info_hash, record.peer_id)
-        for info_hash, _, peers in store.records(time.time)
-        for record, _ in peers
+        for info_hash, _ in store.swarms(int(time.time()))
+        for record, _ in store.peers(info_hash, int(time.time()))[1]
     }
     assert set().union(*kept) <= found and len(found) > 50
     assert sum(refusals) > 0
@@ -423,15 +423,12 @@ def test_a_swarm_across_two_trackers(engine, tmp_path):
         poll(lambda: snatched(first, info), 20, "the news that it is complete")
 
 
-def test_a_tracker_moves_to_redis_and_back(engine, tmp_path):
+def test_snatches_move_to_redis_and_back(engine, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
-    files = bitbreeze.FileStore(here, make_settings())
-    now = int(time.time())
-    for peer in range(700):
-        add(files, peer, now, left=peer % 2, progress=peer % 5)
-        add(files, peer, now, left=0, event="completed" if peer % 7 else "")
-        add(files, peer, now, event="paused", info_hash=b"%020d" % (peer % 9))
-    before = kept_by(files)
+    files, now = bitbreeze.FileStore(here, make_settings()), int(time.time())
+    for number in range(700):
+        files.raise_snatches(number.to_bytes(20, "big"), number, now)
+    before = dict(files.swarms(now))
     moves = [
         ({"TRACKER_DATA": here}, {"TRACKER_STORE": engine.url, "TRACKER_DATA": there})
     ]
@@ -441,22 +438,8 @@ def test_a_tracker_moves_to_redis_and_back(engine, tmp_path):
             words = [*APP, command, tmp_path / str(number)]
             environ = {**os.environ, **{k: str(v) for k, v in environ.items()}}
             subprocess.run(words, check=True, env=environ, cwd=ROOT)
-        assert kept_by(make(engine, tmp_path)) == before
-    assert kept_by(bitbreeze.FileStore(there, make_settings())) == before
-
-
-def kept_by(store):
-    """Return all that an import keeps of swarms and peers."""
-    return {
-        info_hash: (
-            snatches,
-            {
-                (*record[:2], record.state & ~2, *record[5:], seeder)
-                for record, seeder in peers
-            },
-        )
-        for info_hash, snatches, peers in store.records(time.time)
-    }
+        assert dict(make(engine, tmp_path).swarms(now)) == before
+    assert dict(bitbreeze.FileStore(there, make_settings()).swarms(now)) == before
 
 
 def test_a_tracker_says_that_its_engine_is_gone(engine, tmp_path, caplog):

@@ -544,8 +544,8 @@ def test_no_acknowledged_peer_is_lost_when_workers_are_killed(
     store = bitbreeze.FileStore(tmp_path, bitbreeze.Settings())
     found = {
         (info_hash, record.peer_id)
-        for info_hash, _, peers in store.records(lambda: int(time.time()))
-        for record, _ in peers
+        for info_hash, _ in store.swarms(int(time.time()))
+        for record, _ in store.peers(info_hash, int(time.time()))[1]
     }
     assert set().union(*known) <= found and len(found) > 100
 
