@@ -3703,7 +3703,6 @@ class Row:
         self.category = visible(folder.decode("utf-8", "replace"))  # "" for none
         # The text that a search looks at. It begins with the name, to sort by it.
         self.searched = f"{self.name}\n{torrent.name}\n{self.category}".casefold()
-        self.json = ""  # of the list of all torrents, with ANY_SITE as its site_url
 
 
 # Heading and attribute of a Row. The key names the ascending order; with a "-" before
@@ -3746,6 +3745,10 @@ class ListQuery(NamedTuple):
             rows = [row for row in rows if word in row.searched]
         return rows
 
+    def of_page(self, rows):
+        """Return the rows of the page."""
+        return rows[(self.page - 1) * PER_PAGE : self.page * PER_PAGE]
+
     def link(self, path="", **changes):
         """Return a URL below the front page for this query with some changes."""
         values, defaults = {**self._asdict(), **changes}, self._field_defaults
@@ -3754,8 +3757,7 @@ class ListQuery(NamedTuple):
 
 
 DAY = 24 * 3600
-PER_PAGE = 100  # torrents on a page, in the feed, and in a piece of /torrents.json
-ANY_SITE = f"https://{os.urandom(16).hex()}.invalid/"  # stands for site_url
+PER_PAGE = 100  # torrents on a page, in the feed, and in /torrents.json
 CORS_HEADERS = {"Access-Control-Allow-Origin": "*"}  # pages of any site may read JSON
 pages = Blueprint("pages", __name__)
 
@@ -3771,7 +3773,7 @@ def front():
     rows, categories, totals = current_app.listing(query.sort, now)
     found = query.select(rows)
     last = max(1, -(-len(found) // PER_PAGE))
-    page = min(query.page, last)
+    query = query._replace(page=min(query.page, last))
     numbers = {"torrents": len(rows)} if rows else {}
     numbers |= {n: getattr(totals, n) for n in ("seeders", "leechers", "swarms")}
     heading = f"Torrents in {query.category}" if query.category else ""
@@ -3782,8 +3784,8 @@ def front():
         feed=query.link("feed.xml", sort=NEWEST, page=1),
         categories=categories,
         columns=COLUMNS,
-        query=query._replace(page=page),
-        rows=found[(page - 1) * PER_PAGE : page * PER_PAGE],
+        query=query,
+        rows=query.of_page(found),
         found=len(found),
         last=last,
     )
@@ -4043,33 +4045,14 @@ def feed():
 
 @pages.get("/torrents.json")
 def torrents_json():
-    """Send the torrents of a search, of a category, or all, in any sort order.
-
-    The text of each torrent is made once, for all visitors. It is sent in pieces, so
-    that a gevent worker answers announces meanwhile.
-    """
-    query, site, app = ListQuery.parse(request.args), site_url(), current_app
-    rows = query.select(app.listing(query.sort, int(time.time()))[0])
-    urls = {ANY_SITE: json.dumps(site)[1:-1]}
-    pairs = zip(announce_urls(ANY_SITE), announce_urls(site), strict=True)
-    urls |= {quote(marker, ""): quote(url, "") for marker, url in pairs}
-    response = app.response_class(mimetype="application/json", headers=CORS_HEADERS)
-    state = repr((app.listing_state, query, site)).encode(errors="replace")
-    response.set_etag(sha1(state).hexdigest())
-
-    def pieces():
-        yield '{"torrents": ['
-        for at in range(0, len(rows), PER_PAGE):
-            for row in (piece := rows[at : at + PER_PAGE]):
-                row.json = row.json or json.dumps(_json_of(row, ANY_SITE))
-            text = ", ".join(row.json for row in piece)
-            for marker, url in urls.items():
-                text = text.replace(marker, url)
-            yield f", {text}" if at else text
-            time.sleep(0.005)
-        yield "]}\n"
-
-    response.response = pieces()
+    """Send a page of a search, of a category, or of all torrents, in any order."""
+    query, site = ListQuery.parse(request.args), site_url()
+    rows = query.select(current_app.listing(query.sort, int(time.time()))[0])
+    found = [_json_of(row, site) for row in query.of_page(rows)]
+    pages = -(-len(rows) // PER_PAGE)
+    response = flask.jsonify(torrents=found, page=query.page, pages=pages)
+    response.headers.update(CORS_HEADERS)
+    response.add_etag()
     return response.make_conditional(request)
 
 
@@ -4471,8 +4454,6 @@ class BitBreeze(flask.Flask):
                 above = ["/".join(parts[:n]) for n in range(1, len(parts) + 1)]
                 categories.update(above)
             self._listing = state, dict(sorted(categories.items())), {"name": rows}
-            sizes = zlib.crc32(repr(sorted(counts.items())).encode())
-            self.listing_state = catalogue.changed, sizes  # the same in all workers
         _, categories, orders = self._listing
         if sort not in orders:
             key = attrgetter(COLUMNS[sort.removeprefix("-")][1])

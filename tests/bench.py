@@ -564,7 +564,8 @@ def pages(run):
             fill(app, site.folder, listed)
             stack.enter_context(tracker).wait(workload)
             stack.enter_context(site).wait(listed)
-            site.get("/torrents.json", lambda body: body.count(b'"name"') >= number)
+            end = f">{number} torrents, page 1 of ".encode()
+            site.get("/", lambda body, end=end: end in body)
             for what, server, asked in (
                 ("announce", tracker, workload.for_wrk),
                 ("scrape of 60", tracker, scrapes),
