@@ -64,19 +64,19 @@ import zlib
 from binascii import a2b_qp
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import date
 from difflib import get_close_matches
 from functools import lru_cache
 from hashlib import blake2b, sha1, sha256
 from importlib.util import find_spec
-from itertools import chain, zip_longest
-from operator import add, or_
+from itertools import chain, islice, zip_longest
+from operator import add, attrgetter, or_
 from pathlib import Path
 from random import random
 from threading import Lock, Thread
 from typing import NamedTuple
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlencode, urljoin, urlsplit
 from weakref import WeakSet
 
 HERE = Path(__file__).resolve().parent
@@ -1965,7 +1965,7 @@ class FileStore:
     because nothing waits for the disk. Seconds are good until 2106. Another format gets
     another folder. The file swarms.count holds two numbers of 8 bytes: of swarms, and
     of those with peers. max_swarms limits the second number. The first number may be
-    twice as large. Then the swarms go first that have been empty for longest.
+    twice as large; then ``tidy`` keeps no swarm without peers.
     """
 
     def __init__(self, folder, settings):
@@ -2010,7 +2010,7 @@ class FileStore:
     def swarms(self, now):
         """Yield (info_hash, Counts) of every swarm that has peers or snatches."""
         (before, _), found, live, removed = self._count_swarms(), 0, 0, 0
-        walk = self._walk(range(256), lambda: now, Swarm.counts_or_retire)
+        walk = self._walk(range(256), now, Swarm.counts_or_retire)
         for info_hash, counts in walk:
             if counts:
                 found += 1
@@ -2029,7 +2029,7 @@ class FileStore:
 
     def reset(self, now):
         """Forget all peers and snatches."""
-        for _ in self._walk(range(256), lambda: now, Swarm.retire):
+        for _ in self._walk(range(256), now, Swarm.retire):
             pass
 
     def raise_snatches(self, info_hash, snatches, now):
@@ -2044,7 +2044,9 @@ class FileStore:
         """Do a little housekeeping: go through the next of the 256 folders."""
         self._next = (self._next + 1) % 256
         with suppress(OSError):  # the next announce to that swarm reports it
-            for _ in self._walk([self._next], lambda: now, Swarm.counts_or_retire):
+            is_tight = 0 < 2 * self.settings.max_swarms < self._count_swarms()[0]
+            work = Swarm.retire_empty if is_tight else Swarm.counts_or_retire
+            for _ in self._walk([self._next], now, work):
                 pass
 
     def probe(self):
@@ -2058,7 +2060,7 @@ class FileStore:
                 fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 raise OSError(errno.ENOLCK, "its locks do not exclude other workers")
 
-    def _walk(self, folders, clock, work):
+    def _walk(self, folders, now, work):
         """Yield (info_hash, work(swarm)) of the swarms in some of the 256 folders.
 
         The result is None for a swarm that was removed meanwhile.
@@ -2070,7 +2072,7 @@ class FileStore:
             for name in names:
                 if re.fullmatch("[0-9a-f]{40}", name):
                     info_hash = bytes.fromhex(name)
-                    yield info_hash, self._visit(info_hash, clock(), False, work)
+                    yield info_hash, self._visit(info_hash, now, False, work)
 
     def _visit(self, info_hash, now, create, work, *arguments):
         """Return ``work(swarm, *arguments)``, done while the swarm is locked.
@@ -2171,23 +2173,7 @@ class FileStore:
         with suppress(FileExistsError):  # another process has just created it
             swarms, _ = self._count_swarms(create)
             if 0 < 2 * most < swarms:
-                self._make_room()
-
-    def _make_room(self):
-        """Remove some of the empty swarms, those that have been empty for longest.
-
-        At least half of the swarms are empty then. In the next folders with a hundred
-        of these, the older half is removed, in a few milliseconds.
-        """
-        found, now = [], self._now
-        for _ in range(256):
-            self._next = (self._next + 1) % 256
-            walk = self._walk([self._next], lambda: now, lambda swarm: swarm.emptied)
-            found += [(since, info_hash) for info_hash, since in walk if since]
-            if len(found) > 100:
-                break
-        for _, info_hash in sorted(found)[: -(-len(found) // 2)]:
-            self._visit(info_hash, now, False, Swarm.counts_or_retire, False)
+                self.tidy(self._now)
 
     def _remove(self, swarm, error):
         """Remove a swarm after a RetiredError; after a DamagedError, keep it aside.
@@ -2428,12 +2414,15 @@ class Swarm:
         self.snatches = max(self.snatches, snatches)
         self._save(self.first)
 
-    def counts_or_retire(self, keep=True):
+    def counts_or_retire(self):
         """Return Counts if the swarm has peers, or snatches that are worth keeping."""
-        kept = self.settings.swarm_ttl if self.snatches and keep else 0
-        if self.tally[0] or self.now < self.emptied + kept:
-            return self.counts()
-        return self.retire()
+        kept = self.settings.swarm_ttl if self.snatches else 0
+        is_kept = self.now < self.emptied + kept
+        return self.counts() if is_kept else self.retire_empty()
+
+    def retire_empty(self):
+        """Return Counts if the swarm has peers."""
+        return self.counts() if self.tally[0] else self.retire()
 
     def retire(self):
         """Raise RetiredError, so that FileStore removes the swarm with all its peers.
@@ -2903,18 +2892,15 @@ def spread(wanted, ids, ends4, ends6):
     """
     pairs = zip_longest(chunks(ends4, 6), chunks(ends6, 18), fillvalue=b"")
     sources = [[*filter(any, (end4[:4], end6[:6]))] for end4, end6 in pairs]
-    totals = Counter(chain.from_iterable(sources))
-    most = max(totals.values(), default=0)
-    share = wanted if most == len(sources) else wanted // 4
-    while True:
-        most, counts, slots = max(FEW, share), Counter(), []
-        for slot, of_peer in enumerate(sources):
-            if len(slots) < wanted and all(counts[each] < most for each in of_peer):
-                counts.update(of_peer)
-                slots.append(slot)
-        share = len(slots) // 4
-        if most <= max(FEW, share) or most == wanted:
-            return peers_at(slots, ids, ends4, ends6)
+    counts, slots = Counter(), []
+    for slot, of_peer in enumerate(sources):
+        most = max(FEW, (len(slots) + 1) // 4)
+        if len(slots) < wanted and all(counts[each] < most for each in of_peer):
+            counts.update(of_peer)
+            slots.append(slot)
+    if max(counts.values(), default=0) == len(slots):  # all have one address
+        slots = range(min(wanted, len(sources)))
+    return peers_at(slots, ids, ends4, ends6)
 
 
 def find_item(column, wanted, width):
@@ -3266,11 +3252,11 @@ class RedisStore(FileStore):
     def _count_swarms(self, change=None):
         return 0, 0  # walks count them
 
-    def _walk(self, folders, clock, work):
+    def _walk(self, folders, now, work):
         with self.engine() as client:
             keys = {*client.scan_iter("bb:{*}:i", 1000)}
         for info_hash in [bytes.fromhex(key[4:44].decode()) for key in sorted(keys)]:
-            yield info_hash, self._visit(info_hash, clock(), False, work)
+            yield info_hash, self._visit(info_hash, now, False, work)
 
     def _visit(self, info_hash, now, create, work, snatches=0):
         """Return what a method of Swarm returns."""
@@ -3332,12 +3318,8 @@ import base64  # noqa: E402
 import io  # noqa: E402
 import shutil  # noqa: E402
 import signal  # noqa: E402
-from contextlib import closing  # noqa: E402
 from http.client import HTTPConnection, HTTPSConnection  # noqa: E402
-from itertools import islice  # noqa: E402
-from operator import attrgetter  # noqa: E402
 from tempfile import NamedTemporaryFile, mkdtemp  # noqa: E402
-from urllib.parse import urlencode, urljoin, urlsplit  # noqa: E402
 
 import click  # noqa: E402
 import flask  # noqa: E402
