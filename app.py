@@ -2124,9 +2124,9 @@ class FileStore:
     def _find(self, info_hash, create):
         """Return the opened Swarm, or None if there is none and create is false.
 
-        Only a swarm that is announced stays open: walks would close all others. Ten
-        seconds after it was opened, its path must still lead to its file. So a process
-        notices within ten seconds that the folder was moved or removed.
+        Only a swarm that is announced stays open: walks would close all others. Each is
+        opened again after ten seconds. So a process notices within ten seconds that the
+        folder was moved or removed.
         """
         name = info_hash.hex()
         path = f"{self.folder}/swarms/{name[:2]}/{name}"
@@ -2134,7 +2134,12 @@ class FileStore:
             try:
                 with suppress(FileNotFoundError):
                     swarm = Swarm(path, info_hash, self.settings, self._now)
-                    return self._keep(swarm) if create else swarm
+                    if create:
+                        kept = self._open  # another thread may replace it
+                        while len(kept) >= OPEN_AT_MOST:
+                            kept.popitem()
+                        kept[info_hash] = swarm
+                    return swarm
                 if not create:
                     return None
                 self._create(path)
@@ -2142,18 +2147,6 @@ class FileStore:
                 if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._open:
                     raise
                 self._open = {}  # closes the other files
-
-    def _keep(self, swarm):
-        """Keep a Swarm open and return it, or the Swarm that has its file open."""
-        kept = self._open  # another thread may replace it
-        known = kept.get(swarm.info_hash)
-        if known and os.path.sameopenfile(known.fd, swarm.fd):
-            known.opened = swarm.opened
-            return known
-        while len(kept) >= OPEN_AT_MOST:
-            kept.popitem()
-        kept[swarm.info_hash] = swarm
-        return swarm
 
     def _create(self, path):
         """Create the empty file of a swarm; raise TrackerError if there are too many.
