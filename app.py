@@ -1791,7 +1791,7 @@ class Stats:
     def counters(self):
         """Return a Counter: the file plus what this process has not written yet."""
         with self._lock:
-            return self._read()[0] + Counter(self._pending)
+            return self._read() + Counter(self._pending)
 
     def flush(self):
         """Write what was counted, unless another process writes. Raise OSError."""
@@ -1808,24 +1808,23 @@ class Stats:
         os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
         with self._lock, open(f"{self.path}.lock", "ab") as lock:
             fcntl.flock(lock, mode)
-            counters, is_corrupt = self._read()
-            if is_corrupt:
-                os.replace(self.path, f"{self.path}.damaged")
-                log.error("%s was corrupt and is kept as stats.json.damaged", self.path)
+            counters = self._read()
             counters.update(self._pending)
             Path(f"{self.path}.new").write_text(json.dumps({"counters": counters}))
             os.replace(f"{self.path}.new", self.path)
             self._pending.clear()
 
     def _read(self):
-        """Return the counters, and whether the file is corrupt."""
-        if not os.path.exists(self.path):
-            return Counter(), False
-        with suppress(ValueError, LookupError, TypeError, RecursionError):
-            counters = Counter(json.loads(Path(self.path).read_bytes())["counters"])
-            if all(type(n) is int and n >= 0 for n in counters.values()):
-                return counters, False
-        return Counter(), True
+        """Return the counters in the file; a damaged one counts as empty."""
+        with suppress(FileNotFoundError):
+            try:
+                counters = Counter(json.loads(Path(self.path).read_bytes())["counters"])
+                if not all(type(n) is int and n >= 0 for n in counters.values()):
+                    raise ValueError
+                return counters
+            except (ValueError, LookupError, TypeError, RecursionError):
+                log.error("%s is damaged: its counters start again", self.path)
+        return Counter()
 
 
 # -- File store -----------------------------------------------------------------------
@@ -1852,8 +1851,7 @@ MOUNTS = "/proc/mounts"  # only Linux has it
 # announce. A full disk does not stop a change of a mapped file there, as it would on
 # btrfs or ZFS, and all processes see the change, unlike over a network.
 MAPPABLE = "ext2", "ext3", "ext4", "xfs", "tmpfs"
-# With Linux' O_NOATIME, reading a file does not change its inode.
-_FLAGS = os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOATIME", 0)
+_FLAGS = os.O_RDWR | os.O_CLOEXEC
 
 
 class DamagedError(Exception):
@@ -3720,10 +3718,6 @@ class ListQuery(NamedTuple):
             rows = [row for row in rows if word in row.searched]
         return rows
 
-    def of_page(self, rows):
-        """Return the rows of the page."""
-        return rows[(self.page - 1) * PER_PAGE : self.page * PER_PAGE]
-
     def link(self, path="", **changes):
         """Return a URL below the front page for this query with some changes."""
         values, defaults = {**self._asdict(), **changes}, self._field_defaults
@@ -3749,6 +3743,7 @@ def front():
     found = query.select(rows)
     last = max(1, -(-len(found) // PER_PAGE))
     query = query._replace(page=min(query.page, last))
+    start = (query.page - 1) * PER_PAGE
     numbers = {"torrents": len(rows)} if rows else {}
     numbers |= {n: getattr(totals, n) for n in ("seeders", "leechers", "swarms")}
     heading = f"Torrents in {query.category}" if query.category else ""
@@ -3760,7 +3755,7 @@ def front():
         categories=categories,
         columns=COLUMNS,
         query=query,
-        rows=query.of_page(found),
+        rows=found[start : start + PER_PAGE],
         found=len(found),
         last=last,
     )
@@ -4023,8 +4018,8 @@ def torrents_json():
     """Send a page of a search, of a category, or of all torrents, in any order."""
     query, site = ListQuery.parse(request.args), site_url()
     rows = query.select(current_app.listing(query.sort, int(time.time()))[0])
-    found = [_json_of(row, site) for row in query.of_page(rows)]
-    pages = -(-len(rows) // PER_PAGE)
+    start, pages = (query.page - 1) * PER_PAGE, -(-len(rows) // PER_PAGE)
+    found = [_json_of(row, site) for row in rows[start : start + PER_PAGE]]
     response = flask.jsonify(torrents=found, page=query.page, pages=pages)
     response.headers.update(CORS_HEADERS)
     response.add_etag()
@@ -4077,32 +4072,24 @@ def stats():
     return {"version": __version__, **totals._asdict()}, CORS_HEADERS
 
 
-METRICS = dict.fromkeys(Totals._fields, "gauge") | {
-    "announces_total": "counter",  # including refused ones, as in the next
-    "scrapes_total": "counter",
-    "failures_total": "counter",  # refused announces and scrapes
-    "announce_duration_seconds": "summary",  # from request to reply
-}
-
-
 @pages.get("/metrics")
 def metrics():
     """Send the totals and counters in Prometheus' text format, version 0.0.4."""
-    tracker = current_app.tracker
-    totals, _ = tracker.snapshot(int(time.time()))
-    counters = tracker.stats.counters()
-    values = {name: {"": number} for name, number in totals._asdict().items()}
-    announces, seconds = counters["announces"], counters["announce_nanoseconds"] / 1e9
-    values["announces_total"] = {"": announces}
-    values["scrapes_total"] = {"": counters["scrapes"]}
-    values["failures_total"] = {
-        f'{{reason="{kind}"}}': counters[f"failure_{kind}"] for kind in FAILURES
-    }
-    values["announce_duration_seconds"] = {"_sum": seconds, "_count": announces}
+    totals, _ = current_app.tracker.snapshot(int(time.time()))
+    counters = current_app.tracker.stats.counters()
+    found = [(name, "gauge", {"": size}) for name, size in totals._asdict().items()]
+    # These include refused announces and scrapes.
+    for kind in ("announces", "scrapes"):
+        found.append((f"{kind}_total", "counter", {"": counters[kind]}))
+    failures = {f'{{reason="{k}"}}': counters[f"failure_{k}"] for k in FAILURES}
+    seconds = counters["announce_nanoseconds"] / 1e9  # from request to reply
+    took = {"_sum": seconds, "_count": counters["announces"]}
+    found.append(("failures_total", "counter", failures))
+    found.append(("announce_duration_seconds", "summary", took))
     text = ""
-    for name, kind in METRICS.items():
+    for name, kind, values in found:
         text += f"# TYPE bitbreeze_{name} {kind}\n"
-        for suffix, value in values[name].items():
+        for suffix, value in values.items():
             text += f"bitbreeze_{name}{suffix} {value}\n"
     kind = "text/plain; version=0.0.4; charset=utf-8"
     return text, {"Content-Type": kind, "Cache-Control": "no-store"}
@@ -4448,15 +4435,11 @@ def create_app(overrides=None, *, isolated=False):
 
 
 def post_fork(server, worker):
-    """Make a new worker stop quickly and quietly; gunicorn -c app.py calls this hook.
+    """Leave Ctrl-C to gunicorn's main process; gunicorn -c app.py calls this hook.
 
-    On Ctrl-C, gunicorn's main process sends SIGQUIT to its workers. A gevent worker
-    that gets SIGINT as well prints a traceback. A worker that is still starting misses
-    SIGQUIT and SIGTERM, and gunicorn waits 30 seconds before it kills that worker.
+    A gevent worker that gets SIGINT as well prints a traceback.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    for number in (signal.SIGQUIT, signal.SIGTERM):  # gunicorn sets handlers later
-        signal.signal(number, lambda *_: os._exit(0))
 
 
 def post_worker_init(worker):
@@ -4536,6 +4519,7 @@ def serve(host, port, workers, udp=True, verbose=False, dev=False, http=True):
         "--chdir", str(HERE), "--config", os.path.abspath(__file__),  # for the hooks
         "--bind", bind, "--worker-class", kind, "--workers", str(workers),
         "--limit-request-line", "8190",  # Transmission scrapes in up to 4,300 bytes
+        "--graceful-timeout", "3",  # a worker that is still starting misses signals
         "--no-control-socket", "--log-level", "warning",
     ])  # fmt: skip
 
