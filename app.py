@@ -61,7 +61,7 @@ import struct
 import sys
 import time
 import zlib
-from binascii import a2b_qp
+from binascii import a2b_qp, b2a_base64
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import closing, contextmanager, suppress
@@ -302,16 +302,6 @@ class Peers(NamedTuple):
     endpoints6: bytes  # 18 bytes for each peer
 
 
-class Totals(NamedTuple):
-    """The size of the whole tracker."""
-
-    seeders: int
-    leechers: int
-    partial_seeds: int
-    snatches: int
-    swarms: int  # with at least one peer
-
-
 # -- Client addresses -----------------------------------------------------------------
 # A wrong address is what breaks most trackers: the swarm looks well, but its peers
 # cannot connect to each other. So an announce from an uncertain address is refused.
@@ -324,14 +314,18 @@ def client_address(environ, settings):
     X-Forwarded-For, clients can forge everything to the left of the proxies' entries.
     Raise TrackerError if the address cannot be known.
     """
-    remote, networks = environ.get("REMOTE_ADDR", ""), settings.proxy_networks
-    if settings.proxies and (not networks or is_in_networks(remote, networks)):
-        return forwarded_address(environ, settings)
+    remote, trusted = environ.get("REMOTE_ADDR", ""), settings.proxy_networks
     try:
-        return parse_address(remote)
-    except ValueError:
+        address = parse_address(remote)
+        is_proxy = trusted and is_in(address, trusted)
+    except ValueError:  # servers on a Unix socket know no address
+        address, is_proxy = b"", "unix" in trusted
+    if settings.proxies and (is_proxy or not trusted):
+        return forwarded_address(environ, settings)
+    if not address:
         advice = "let the proxy in front send X-Forwarded-For, and set proxies = 1"
-        raise hidden_address(f"only {remote!r}", advice) from None
+        raise hidden_address(f"only {remote!r}", advice)
+    return address
 
 
 def hidden_address(found, advice):
@@ -350,13 +344,10 @@ def parse_address(text):
     return (getattr(address, "ipv4_mapped", None) or address).packed
 
 
-def is_in_networks(remote, networks):
-    """Return True if a connection comes from one of the networks of the proxies."""
-    try:
-        address = ipaddress.ip_address(parse_address(remote))
-    except ValueError:  # servers on a Unix socket know no address
-        return "unix" in networks
-    return any(network != "unix" and address in network for network in networks)
+def is_in(address, networks):
+    """Return True if an address, 4 or 16 bytes, is in one of the networks."""
+    ip = ipaddress.ip_address(address)
+    return any(network != "unix" and ip in network for network in networks)
 
 
 def forwarded_address(environ, settings):
@@ -399,8 +390,7 @@ _PRIVATE_STARTS6 = {0, 0xFC, 0xFD, 0xFE}
 @lru_cache(maxsize=10000)
 def is_private(address):
     """Return True for an address, 4 or 16 bytes, of a private network or loopback."""
-    ip = ipaddress.ip_address(address)
-    return any(ip in network for network in _PRIVATE)
+    return is_in(address, _PRIVATE)
 
 
 def visible_peers(peers, address, public_ip):
@@ -704,11 +694,9 @@ class Tracker:
         """Return (Counts, Peers, seconds to the next announce); raise TrackerError."""
         settings, wanted, catalogue = self.settings, announce.numwant, self.catalogue
         catalogue.check(announce.info_hash, now)
-        if banned := catalogue.banned:
-            ip = ipaddress.ip_address(announce.address)
-            if any(ip in network for network in banned):
-                reason = "your address is not allowed on this tracker"
-                raise TrackerError(reason, kind="ban")
+        if catalogue.banned and is_in(announce.address, catalogue.banned):
+            reason = "your address is not allowed on this tracker"
+            raise TrackerError(reason, kind="ban")
         progress = progress_of(announce, catalogue.by_hash) if announce.left else 0
         wanted = min(settings.numwant if wanted < 0 else wanted, settings.max_numwant)
         counts, peers = self.store.announce(announce, wanted, now, progress)
@@ -731,7 +719,7 @@ class Tracker:
         return {**unknown, **self.store.scrape(tracked, now)}
 
     def snapshot(self, now):
-        """Return Totals, and Counts of the listed torrents by info_hash.
+        """Return totals by name, and Counts of the listed torrents by info_hash.
 
         They are exact, and kept for one second per thousand swarms or torrents. To
         count a swarm takes 10 µs, so this uses at most 1 % of the time.
@@ -748,7 +736,7 @@ class Tracker:
                 active += bool(counts.seeders or counts.leechers)
                 if info_hash in by_hash:
                     listed[info_hash] = counts
-            snapshot = Totals(*sums, active), listed
+            snapshot = Counts(*sums)._asdict() | {"swarms": active}, listed
             size = max(swarms, len(self.catalogue.torrents))
             self._snapshot = now, now + size // 1000, snapshot
             return snapshot
@@ -966,7 +954,7 @@ class UdpServer:
 
     def __init__(self, tracker, sock):
         """Serve with a bound socket. All processes share data/udp.key."""
-        self.tracker, self.sock, self._is_closed = tracker, sock, False
+        self.tracker, self.sock = tracker, sock
         # Packets shall tell their destination. Python names IP_PKTINFO from 3.12 on.
         option = socket.IPPROTO_IP, 8 if sys.platform == "linux" else 26
         if sock.family == socket.AF_INET6:
@@ -1001,8 +989,8 @@ class UdpServer:
             return error + str(refusal).encode()
 
     def serve(self):
-        """Answer packets until ``close``, each from the address that it was sent to."""
-        while not self._is_closed:
+        """Answer packets, each from the address that it was sent to."""
+        while self.sock.fileno() >= 0:  # until it is closed
             try:
                 packet, info, _, sender = self.sock.recvmsg(2048, 64)
                 if reply := self.answer(packet, sender[0], int(time.time())):
@@ -1012,13 +1000,6 @@ class UdpServer:
                 self.tracker.report(fault, "udp", time.time())
             if random() < 0.1:
                 time.sleep(0)  # under gevent, HTTP is answered meanwhile
-        self.sock.close()
-
-    def close(self):
-        """Make ``serve`` return, in another thread."""
-        self._is_closed = True
-        with suppress(OSError):  # it may have returned already
-            self.sock.sendto(b"", self.sock.getsockname())
 
 
 def bound_socket(kind, host, port):
@@ -1250,14 +1231,6 @@ class Catalogue:
             self._follow(now, 5)  # seconds, so that this file is read in any case
         return torrent._replace(path=below)
 
-    def metainfo(self, torrent):
-        """Return the Metainfo of a listed Torrent; raise TorrentError."""
-        with suppress(OSError):
-            metainfo, found = read_torrent(self.folder, torrent.path)
-            if found == torrent:
-                return metainfo
-        raise TorrentError("its file is being replaced")
-
     def summary(self):
         """Return a line for the operator about the tracked torrents."""
         allowed, denied, unread = map(len, (self.allowed, self.denied, self.unread))
@@ -1445,8 +1418,6 @@ MAX_PARTS = 2**19  # numbers, strings, lists...: 50,000 files, half a second
 LAST_SECOND = 253402300799  # of the year 9999, after which no date can be formatted
 MAX_DEPTH = 100  # of lists and dictionaries: bencoder recurses, and crashes at 50,000
 _TOKEN = re.compile(rb"(0*\d{1,10}):|i(-?0*\d{1,20})e|[dle]")
-
-
 # Control and direction characters, halves of surrogates, and characters that XML does
 # not allow. The two joiners are not among them: Persian and emoji need them.
 _INVISIBLE = re.compile(
@@ -2008,8 +1979,7 @@ class FileStore:
     def swarms(self, now):
         """Yield (info_hash, Counts) of every swarm that has peers or snatches."""
         (before, _), found, live, removed = self._count_swarms(), 0, 0, 0
-        walk = self._walk(range(256), now, Swarm.counts_or_retire)
-        for info_hash, counts in walk:
+        for info_hash, counts in self._walk(range(256), now, Swarm.counts_or_retire):
             if counts:
                 found += 1
                 live += bool(counts.seeders or counts.leechers)
@@ -2408,8 +2378,7 @@ class Swarm:
     def counts_or_retire(self):
         """Return Counts if the swarm has peers, or snatches that are worth keeping."""
         kept = self.settings.swarm_ttl if self.snatches else 0
-        is_kept = self.now < self.emptied + kept
-        return self.counts() if is_kept else self.retire_empty()
+        return self.counts() if self.now < self.emptied + kept else self.retire_empty()
 
     def retire_empty(self):
         """Return Counts if the swarm has peers."""
@@ -3263,12 +3232,8 @@ class RedisStore(FileStore):
 
     def _call(self, info_hash, now, create, what, peer_id="", endpoint="", **more):
         """Return what the script returns; raise TrackerError."""
-        s, more["what"] = self.settings, what
-        more |= {
-            "ttl": s.peer_ttl,
-            "kept": s.swarm_ttl,
-            "swarms": s.max_swarms * create,
-        }
+        s, most = self.settings, self.settings.max_swarms * create
+        more |= {"what": what, "ttl": s.peer_ttl, "kept": s.swarm_ttl, "swarms": most}
         if not self.has_clock:
             more["now"] = now
         keys = [f"bb:{{{info_hash.hex()}}}:{each}" for each in "ipt"]
@@ -3305,7 +3270,6 @@ if is_cgi and request_kind(os.environ.get("PATH_INFO", "")):
 
 # Flask from here on: an announce by CGI has ended above.
 
-import base64  # noqa: E402
 import io  # noqa: E402
 import shutil  # noqa: E402
 import signal  # noqa: E402
@@ -3725,7 +3689,6 @@ class ListQuery(NamedTuple):
         return f"{path}?{query}" if query else path
 
 
-DAY = 24 * 3600
 PER_PAGE = 100  # torrents on a page, in the feed, and in /torrents.json
 CORS_HEADERS = {"Access-Control-Allow-Origin": "*"}  # pages of any site may read JSON
 pages = Blueprint("pages", __name__)
@@ -3745,7 +3708,7 @@ def front():
     query = query._replace(page=min(query.page, last))
     start = (query.page - 1) * PER_PAGE
     numbers = {"torrents": len(rows)} if rows else {}
-    numbers |= {n: getattr(totals, n) for n in ("seeders", "leechers", "swarms")}
+    numbers |= {name: totals[name] for name in ("seeders", "leechers", "swarms")}
     heading = f"Torrents in {query.category}" if query.category else ""
     return render_template(
         "front.html",
@@ -3788,9 +3751,10 @@ def _torrent_or_404(info_hash):
     tracker, now = current_app.tracker, int(time.time())
     if not (torrent := tracker.catalogue.find(info_hash, now)):
         flask.abort(404, "No torrent on this tracker's list has that info hash.")
-    try:
-        metainfo = tracker.catalogue.metainfo(torrent)
-    except TorrentError:
+    found = None
+    with suppress(OSError, TorrentError):
+        metainfo, found = read_torrent(tracker.catalogue.folder, torrent.path)
+    if found != torrent:
         flask.abort(404, "The file of this torrent is being replaced. Try again soon.")
     hashes = torrent.info_hashes()
     last_seen = max(tracker.store.last_seen(each, now) for each in hashes)
@@ -3927,7 +3891,7 @@ def error_page(error):
     return page, error.code, error.get_headers()
 
 
-_STYLE_HASH = base64.b64encode(sha256(STYLE.encode()).digest()).decode()
+_STYLE_HASH = b2a_base64(sha256(STYLE.encode()).digest(), newline=False).decode()
 SECURITY_HEADERS = {
     "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}';"
     " img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -3999,9 +3963,9 @@ def feed():
     """
     query = ListQuery.parse(request.args)._replace(sort=NEWEST, page=1)
     now, is_dead = int(time.time()), "dead" in request.args
-    rows = query.select(current_app.listing(NEWEST, now)[0])
+    rows, day_ago = query.select(current_app.listing(NEWEST, now)[0]), now - 86400
     if is_dead:
-        rows = [r for r in rows if not r.counts.seeders and r.torrent.added < now - DAY]
+        rows = [r for r in rows if not r.counts.seeders and r.torrent.added < day_ago]
     rows = rows[:PER_PAGE]
     words = current_app.tracker.settings.title, query.category, query.q
     words += ("without seeders",) * is_dead
@@ -4056,11 +4020,12 @@ def torrent_json(info_hash):
 @pages.get("/torrent/<info_hash>.svg")
 def badge(info_hash=""):
     """Send the seeders and leechers of a torrent, or of all, as a small image."""
-    counts, _ = current_app.tracker.snapshot(int(time.time()))
+    totals, _ = current_app.tracker.snapshot(int(time.time()))
+    seeders, leechers = totals["seeders"], totals["leechers"]
     if info_hash:
-        counts = _torrent_or_404(info_hash)[0].counts
-    fill = "#1a7f37" if counts.seeders else "#b3261e"
-    text = f"seeders {counts.seeders:,}, leechers {counts.leechers:,}"
+        seeders, leechers = _torrent_or_404(info_hash)[0].counts[:2]
+    fill = "#1a7f37" if seeders else "#b3261e"
+    text = f"seeders {seeders:,}, leechers {leechers:,}"
     image = render_template("badge.svg", text=text, fill=fill)
     return image, {"Content-Type": "image/svg+xml", "Cache-Control": "max-age=300"}
 
@@ -4069,7 +4034,7 @@ def badge(info_hash=""):
 def stats():
     """Send the totals of the front page."""
     totals, _ = current_app.tracker.snapshot(int(time.time()))
-    return {"version": __version__, **totals._asdict()}, CORS_HEADERS
+    return {"version": __version__, **totals}, CORS_HEADERS
 
 
 @pages.get("/metrics")
@@ -4077,7 +4042,7 @@ def metrics():
     """Send the totals and counters in Prometheus' text format, version 0.0.4."""
     totals, _ = current_app.tracker.snapshot(int(time.time()))
     counters = current_app.tracker.stats.counters()
-    found = [(name, "gauge", {"": size}) for name, size in totals._asdict().items()]
+    found = [(name, "gauge", {"": size}) for name, size in totals.items()]
     # These include refused announces and scrapes.
     for kind in ("announces", "scrapes"):
         found.append((f"{kind}_total", "counter", {"": counters[kind]}))
@@ -4397,7 +4362,7 @@ class BitBreeze(flask.Flask):
         self.tracker.report(exc_info[1], request.path, time.time())
 
     def listing(self, sort, now):
-        """Return (Rows of all listed torrents, sorted; their categories; Totals).
+        """Return (Rows of all listed torrents, sorted; their categories; totals).
 
         With each category comes the number of torrents in it and below it. Rows that
         are equal in a sort order are sorted by name. The lists are kept until the
@@ -4435,11 +4400,15 @@ def create_app(overrides=None, *, isolated=False):
 
 
 def post_fork(server, worker):
-    """Leave Ctrl-C to gunicorn's main process; gunicorn -c app.py calls this hook.
+    """Make a new worker stop quickly and quietly; gunicorn -c app.py calls this hook.
 
-    A gevent worker that gets SIGINT as well prints a traceback.
+    On Ctrl-C, gunicorn's main process sends SIGQUIT to its workers. A gevent worker
+    that gets SIGINT as well prints a traceback. A worker that is still starting misses
+    SIGQUIT and SIGTERM, and gunicorn waits 30 seconds before it kills that worker.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    for number in (signal.SIGQUIT, signal.SIGTERM):  # gunicorn sets handlers later
+        signal.signal(number, lambda *_: os._exit(0))
 
 
 def post_worker_init(worker):
@@ -4498,7 +4467,6 @@ def serve(host, port, workers, udp=True, verbose=False, dev=False, http=True):
         os.environ.update(TRACKER_PEER_TTL="4", TRACKER_DEV="yes", TRACKER_DATA=folder)
         os.environ["BITBREEZE_DEV"] = folder
     tracker = create_app().tracker
-    folder = tracker.store.folder
     advice = "Set TRACKER_DATA or TRACKER_STORE to another place."
     with _reported(f"write to {tracker.store.place}", advice):
         tracker.store.probe()
@@ -4511,7 +4479,7 @@ def serve(host, port, workers, udp=True, verbose=False, dev=False, http=True):
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     # 4. Become gunicorn. A gevent worker serves others while it waits for a client.
     #    Without HTTP, gunicorn listens where no client asks, and the workers are plain.
-    bind, kind = f"unix:{folder}/udp.socket", "sync"
+    bind, kind = f"unix:{tracker.store.folder}/udp.socket", "sync"
     if http:
         bind, kind = f"fd://{server.fileno()}", "gevent"
     os.execv(sys.executable, [
@@ -4519,7 +4487,6 @@ def serve(host, port, workers, udp=True, verbose=False, dev=False, http=True):
         "--chdir", str(HERE), "--config", os.path.abspath(__file__),  # for the hooks
         "--bind", bind, "--worker-class", kind, "--workers", str(workers),
         "--limit-request-line", "8190",  # Transmission scrapes in up to 4,300 bytes
-        "--graceful-timeout", "3",  # a worker that is still starting misses signals
         "--no-control-socket", "--log-level", "warning",
     ])  # fmt: skip
 
@@ -4574,7 +4541,7 @@ def _reported(task, advice):
 def keys(action, name, publish, until):
     """Add a key for NAME and print its link, list names, or revoke NAME's keys."""
     path, data = app.tracker.catalogue.lists[2], app.tracker.store.folder
-    key = base64.b32encode(os.urandom(17))[:26].decode().lower()
+    key = os.urandom(16).hex()
     new = f"{key} {name}{' publish' * publish}" + (f" until={until}" if until else "")
     if action != "list" and not (name and _name_in(new) == name):
         raise click.ClickException("Give a NAME without #, and a day like 2027-01-31.")

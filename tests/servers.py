@@ -233,3 +233,11 @@ def cgi(folder):
         "SERVER_PROTOCOL": "HTTP/1.1",
     }
     subprocess.run([sys.executable, ROOT / "app.py"], env=environ, check=True)
+
+
+def close(sock):
+    """Close the socket of a UdpServer, and wake it, so that it ends."""
+    address = sock.getsockname()
+    sock.close()
+    with socket.socket(type=socket.SOCK_DGRAM) as other:
+        other.sendto(b"", address)

@@ -27,7 +27,7 @@ import pytest
 from conftest import NOW, Client, kept, mutated
 from makers import MAKERS, one_file
 from servers import announce_path, free_port, gunicorn, poll, scrape_path, serving
-from test_torrents import TREE, info_of, torrent_of
+from test_torrents import TREE, torrent_of
 
 import app as bitbreeze
 
@@ -328,8 +328,8 @@ def test_a_file_that_becomes_a_fifo_stops_no_worker(worker, tmp_path, monkeypatc
     catalogue.refresh(NOW)
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(bitbreeze.TorrentError):
-        catalogue.metainfo(catalogue.torrents["a.torrent"])
+    with pytest.raises(OSError, match="not a regular file"):
+        bitbreeze.read_torrent(catalogue.folder, "a.torrent")
     for make in (make_fifo, link_to_device):
         make(tmp_path / make.__name__)
         with pytest.raises(OSError, match="not a regular file"):
@@ -346,18 +346,6 @@ def test_names_are_escaped_in_the_log(worker, tmp_path, caplog):
         "b⟨U+000A⟩line⟨U+001B⟩[31m/x.torrent: it is the same torrent as a/x.torrent",
         "new⟨U+000A⟩line⟨U+001B⟩[31m.torrent: it is not bencoded",
     ]
-
-
-def test_metainfo_is_that_of_the_listed_torrent_only(worker, tmp_path):
-    put(tmp_path)
-    path, catalogue = tmp_path / "torrents/a.torrent", worker()
-    catalogue.refresh(NOW)
-    torrent = catalogue.torrents["a.torrent"]
-    assert catalogue.metainfo(torrent).info == info_of(b"a")
-    for data in (torrent_of("b"), b"half", None):
-        path.unlink() if data is None else path.write_bytes(data)
-        with pytest.raises(bitbreeze.TorrentError):
-            catalogue.metainfo(torrent)
 
 
 # What a list may contain

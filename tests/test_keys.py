@@ -228,7 +228,7 @@ def run(tmp_path, *arguments):
 
 def test_commands(tmp_path):
     link = run(tmp_path, "add", "Ana").stdout
-    assert re.fullmatch(r"https://t\.test/[a-z2-7]{26}/\n", link)
+    assert re.fullmatch(r"https://t\.test/[0-9a-f]{32}/\n", link)
     run(tmp_path, "add", "Bo Derek", "--publish", "--until", "2027-01-31")
     listed = run(tmp_path, "list").stdout
     assert listed == "Ana\nBo Derek publish until=2027-01-31\n"

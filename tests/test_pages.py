@@ -1,5 +1,6 @@
 """Pages: what people see of the tracker and its torrents."""
 
+import base64
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import libtorrent
 import pytest
 from conftest import Client, escape, peer_id
 from servers import poll
-from test_torrents import info_of
+from test_torrents import info_of, torrent_of
 
 import app as bitbreeze
 
@@ -430,10 +431,13 @@ def test_wrong_method_is_refused(site):
     assert b"<h1><bdi>Method Not Allowed</bdi></h1>" in body
 
 
-def test_a_file_that_is_being_replaced_is_not_found(site, tmp_path):
+@pytest.mark.parametrize("data", [b"d4:", torrent_of("b"), None], ids=repr)
+def test_a_file_that_is_being_replaced_is_not_found(site, tmp_path, monkeypatch, data):
     client = site("a")
-    one = first_id(client)
-    (tmp_path / "torrents/linux/0.torrent").write_bytes(b"d4:")
+    one, now = first_id(client), time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    path = tmp_path / "torrents/linux/0.torrent"
+    path.unlink() if data is None else path.write_bytes(data)
     status, _, body = client.get(f"/torrent/{one}.torrent")
     assert status == "404 NOT FOUND" and b"being replaced" in body
 
@@ -443,7 +447,7 @@ def test_headers_forbid_scripts_and_loading(site):
     one = first_id(client)
     style = re.search("<style>(.*?)</style>", text(client.get("/")), re.S)[1]
     hashed = bitbreeze.sha256(style.encode()).digest()
-    told = bitbreeze.base64.b64encode(hashed).decode()
+    told = base64.b64encode(hashed).decode()
     for path in ("/", f"/torrent/{one}", f"/torrent/{one}.torrent", "/feed.xml",
                  "/torrents.json", "/nothing"):  # fmt: skip
         _, headers, body = client.get(path)

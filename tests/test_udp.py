@@ -25,6 +25,7 @@ from servers import (
     ROOT,
     Server,
     announce,
+    close,
     free_port,
     has_ipv6,
     poll,
@@ -460,7 +461,7 @@ def test_a_fault_of_ours_stops_no_worker(udp, monkeypatch, caplog):
                 sock.sendto(b"x", ("127.0.0.1", port))
             poll(lambda: "'udp' failed" in caplog.text, 5, "the log")
     Peer("127.0.0.1", port).announce(1)
-    server.close()
+    close(server.sock)
     thread.join()
     assert caplog.text.count("'udp' failed") == 1
 

@@ -56,7 +56,7 @@ def test_head_is_answered_and_changes_nothing(tracker, path):
     assert headers["Content-Type"] == client.get(path, QUERY)[1]["Content-Type"]
     client = tracker(data=f"{client.app.tracker.store.folder}-2")
     client.get(path, QUERY, method="HEAD")
-    assert client.app.tracker.snapshot(0)[0].swarms == 0
+    assert client.app.tracker.snapshot(0)[0]["swarms"] == 0
 
 
 @pytest.mark.parametrize(
