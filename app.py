@@ -108,29 +108,29 @@ class Settings(NamedTuple):
     """Every setting with its default. README's table has the same words."""
 
     title: str = "BitBreeze"  # name of the tracker on its pages
-    url: str = ""  # of the front page, if pages and downloads must always show this one
+    url: str = ""  # address of the site in all links; if empty, that of each request
     notice: str = ""  # a sentence that clients show to their users
     data: str = "data"  # folder for peers and statistics, relative to app.py
-    store: str = "files"  # or redis://HOST:6379/0, rediss:// or unix://, for many hosts
+    store: str = "files"  # or the URL of Redis: redis://HOST:6379/0, rediss://, unix://
     torrents: str = "torrents"  # folder of .torrent files to track and list
     track: str = "auto"  # any, listed, or auto: listed once there is a list
     private: bool = False  # only for the members in keys.txt
     interval: int = 1800  # seconds between announces, give or take ten percent
-    small_interval: int = 900  # the same at most in swarms of fewer peers than numwant
+    small_interval: int = 900  # the same in swarms of fewer peers than numwant
     min_interval: int = 300  # seconds between announces at least; a sixth of interval
     peer_ttl: int = 4200  # seconds that a silent peer is kept; 7/3 of interval
     swarm_ttl: int = 7776000  # seconds that the snatches of an empty swarm are kept
     numwant: int = 50  # peers in a reply if the client does not ask for a number
     max_numwant: int = 100  # peers in a reply at most
-    max_swarms: int = 100000  # swarms with peers at most; 0: no limit, as in the next
+    max_swarms: int = 100000  # swarms with peers at most; 0 is no limit, here and below
     max_peers: int = 200000  # peers kept in one swarm at most
-    max_peers_per_address: int = 100  # in one swarm; for IPv6, from one /48
+    max_peers_per_address: int = 100  # in one swarm, or from one /48 of IPv6
     operator_key: str = ""  # opens /doctor?key=... and /swarm/INFO_HASH.json?key=...
-    udp_port: int = 0  # that pages name; 0 for none; "python app.py" sets it
+    udp_port: int = 0  # UDP port that pages show, or 0; "python app.py" sets it
     verbose: bool = False  # print a line for each announce and scrape
     dev: bool = False  # /swarm/INFO_HASH.json needs no key, as with --dev
     proxies: int = 0  # number of proxies in front that append to X-Forwarded-For
-    proxy_networks: list = []  # networks of the proxies, such as 10.0.0.0/8; or unix
+    proxy_networks: list = []  # of the proxies, such as 10.0.0.0/8; unix for a socket
     public_ip: dict = {}  # public IPv4 and IPv6 address of the tracker's network
 
 
@@ -4487,7 +4487,7 @@ def serve(host, port, workers, udp=True, verbose=False, dev=False, http=True):
         "--chdir", str(HERE), "--config", os.path.abspath(__file__),  # for the hooks
         "--bind", bind, "--worker-class", kind, "--workers", str(workers),
         "--limit-request-line", "8190",  # Transmission scrapes in up to 4,300 bytes
-        "--no-control-socket", "--log-level", "warning",
+        "--no-control-socket", "--log-level", "warning", "--graceful-timeout", "10",
     ])  # fmt: skip
 
 

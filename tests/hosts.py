@@ -317,10 +317,26 @@ def mod_wsgi(site):
     virtual_host(site, "mod_wsgi")
 
 
+# What cPanel's form "Setup Python App" asks for, as a configuration of Apache.
+PASSENGER = """
+<VirtualHost *:{port}>
+    ServerName tracker.example.org
+    DocumentRoot {home}/tracker/public
+    PassengerAppRoot {home}/tracker
+    PassengerAppType wsgi
+    PassengerStartupFile app.py
+    PassengerPython {home}/tracker/.venv/bin/python
+    <Directory {home}/tracker/public>
+        Require all granted
+    </Directory>
+</VirtualHost>
+"""
+
+
 def passenger(site):
     system_python(site)
     (site.folder / "public").mkdir()
-    virtual_host(site, "Passenger")
+    apache(site, PASSENGER.format(port=site.port, home=site.home), "passenger")
 
 
 def cgi(site):
