@@ -124,13 +124,13 @@ class Settings(NamedTuple):
     max_numwant: int = 100  # peers in a reply at most
     max_swarms: int = 100000  # swarms with peers at most; 0 is no limit, here and below
     max_peers: int = 200000  # peers kept in one swarm at most
-    max_peers_per_address: int = 100  # in one swarm, or from one /48 of IPv6
+    max_peers_per_address: int = 100  # peers of an address or an IPv6 /48 in one swarm
     operator_key: str = ""  # opens /doctor?key=... and /swarm/INFO_HASH.json?key=...
     udp_port: int = 0  # UDP port that pages show, or 0; "python app.py" sets it
     verbose: bool = False  # print a line for each announce and scrape
     dev: bool = False  # /swarm/INFO_HASH.json needs no key, as with --dev
     proxies: int = 0  # number of proxies in front that append to X-Forwarded-For
-    proxy_networks: list = []  # of the proxies, such as 10.0.0.0/8; unix for a socket
+    proxy_networks: list = []  # networks of proxies, such as 10.0.0.0/8, or unix
     public_ip: dict = {}  # public IPv4 and IPv6 address of the tracker's network
 
 
@@ -621,7 +621,6 @@ HTTP = {
 
 # -- Tracker --------------------------------------------------------------------------
 
-FAULT = "internal error"
 DISK_FAILS = "this tracker cannot read or write its data: try again later"
 
 
@@ -661,8 +660,8 @@ class Tracker:
         except Exception as fault:
             self.report(fault, f"{kind} over {transport}", now)
             is_disk = isinstance(fault, OSError)
-            reason, failure = (DISK_FAILS, "store") if is_disk else (FAULT, "internal")
-            refusal = TrackerError(reason, kind=failure)
+            reason = DISK_FAILS if is_disk else "internal error"
+            refusal = TrackerError(reason, kind="store" if is_disk else "internal")
             raise refusal from None
         finally:
             took = time.perf_counter_ns() - started if kind == "announce" else None
@@ -1113,7 +1112,8 @@ LISTS = {
 @lru_cache(maxsize=1000)
 def key_checksums(path):
     """Return checksums of what may be keys: the time to compare them tells nothing."""
-    return [sha256(k.encode()).hexdigest() for k in path.split("/") if len(k) > 15]
+    parts = [each for each in re.split("[/?&=]", path) if len(each) > 15]
+    return [sha256(each.encode()).hexdigest() for each in parts]
 
 
 class Member(NamedTuple):
@@ -1182,7 +1182,7 @@ class Catalogue:
         return info_hash in tracked or is_open and info_hash not in denied
 
     def member(self, path, now):
-        """Return the Member whose key is a part of a path, or None."""
+        """Return the Member whose key is a part of a path or URL, or None."""
         for checksum in key_checksums(path):
             if now != self._checked:
                 self.refresh(now)
@@ -1694,25 +1694,26 @@ def parse_details(metainfo):
     }
 
 
-def with_announce(metainfo, urls):
+def with_announce(metainfo, urls, has_key=lambda url: False):
     """Return the bytes of a .torrent file with the tracker at ``urls`` as its first.
 
     The other trackers follow (BEP 12), except in a private torrent, which has only one
-    URL (BEP 27). The info dictionary keeps its bytes.
+    URL (BEP 27). URLs with a member's key are left out: ``has_key`` returns True for
+    them. The info dictionary keeps its bytes.
     """
     ours, changed = [url.encode() for url in urls], {**metainfo.outer}
     lists, former = changed.pop(b"announce-list", None), changed.get(b"announce")
-    tiers = [
-        [each for each in tier if _text(each).strip()]
-        for tier in (lists if isinstance(lists, list) else [])
-        if isinstance(tier, list)
-    ]
-    if not any(tiers) and _text(former):
+
+    def is_other(url):
+        return _text(url).strip() and url not in ours and not has_key(_text(url))
+
+    lists = lists if isinstance(lists, list) else []
+    tiers = [[*filter(is_other, each)] for each in lists if isinstance(each, list)]
+    if not any(tiers) and is_other(former):
         tiers = [[former]]
-    tiers = [ours, *([each for each in tier if each not in ours] for tier in tiers)]
     changed[b"announce"] = ours[0]
-    if sum(map(len, tiers)) > 1 and not metainfo.is_private():
-        changed[b"announce-list"] = [tier for tier in tiers if tier]
+    if len(ours) + sum(map(len, tiers)) > 1 and not metainfo.is_private():
+        changed[b"announce-list"] = [*filter(None, [ours, *tiers])]
     raw = {key: bencoder.bencode(value) for key, value in changed.items()}
     raw[b"info"] = metainfo.info_bytes
     return b"d%be" % b"".join(bencoder.bencode(key) + raw[key] for key in sorted(raw))
@@ -1734,12 +1735,10 @@ def magnet(torrent, urls, web_seeds=()):
 class Stats:
     """Counters since the first start, shared by all processes, in a JSON file.
 
-        {"counters": {"announces": 9, "announce_nanoseconds": 90000, "scrapes": 1,
-         "failure_full": 2}}
+        {"counters": {"announces": 9, "announce_nanoseconds": 90000, "failure_full": 2}}
 
-    Each process adds its counts at each flush and when it ends (tested: CGI, idle
-    uWSGI, and gunicorn's sync, gthread and gevent workers). A kill loses these counts.
-    flock on stats.json.lock guards the file.
+    Each process adds its counts at each flush and when it ends. A kill loses these
+    counts. flock on stats.json.lock guards the file.
     """
 
     def __init__(self, path):
@@ -3391,9 +3390,8 @@ TEMPLATES = {
 <button>Search</button></form>
 <nav aria-label="Site"><a href="{{ root }}">Torrents</a>
 <a href="{{ root }}feed.xml">Feed</a>{% endif %}
-{% if member().can_publish %}<a href="{{ root }}#publish">Publish</a>{% endif %}</nav>
-</header>
-<main>
+{% if member().can_publish %}<a href="{{ root }}#publish">Publish</a>{% endif %}
+</nav></header><main>
 {% block intro %}{% endblock %}
 {% if heading %}<h1><bdi>{{ heading | soft }}</bdi></h1>{% endif %}
 {% if numbers %}<dl class="numbers">
@@ -3735,7 +3733,9 @@ def torrent_page(info_hash):
 def download(info_hash):
     """Send the .torrent file with the announce URL of this tracker in it."""
     row, metainfo, _ = _torrent_or_404(info_hash)
-    data = with_announce(metainfo, announce_urls(site_url()))
+    member_of, now = current_app.tracker.catalogue.member, int(time.time())
+    urls = announce_urls(site_url())
+    data = with_announce(metainfo, urls, lambda url: member_of(url, now))
     return flask.send_file(
         io.BytesIO(data),
         mimetype="application/x-bittorrent",

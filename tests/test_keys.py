@@ -188,6 +188,35 @@ def test_keys_appear_nowhere_else(site, caplog, tmp_path, capsys):
     assert not [key for key in KEYS.values() if key and key in shown]
 
 
+OTHER = b"udp://other.test:80/announce"
+KEYED = {
+    "path": "http://tracker.test/{key}/announce",
+    "end of the path": "http://192.0.2.1:6969/announce/{key}",
+    "passkey": "https://tracker.test/announce?passkey={key}",
+    "passkey and more": "https://tracker.test/announce?x=1&passkey={key}&y=2",
+    "UDP": "udp://tracker.test:6969/{key}/announce?x",
+}
+
+
+@pytest.mark.parametrize("url", KEYED.values(), ids=KEYED)
+@pytest.mark.parametrize("private", [True, False])
+def test_a_download_has_no_key_of_its_publisher(site, url, private):
+    """The publisher made the torrent with the announce URL of its own page."""
+    client, url = site(private=private), url.format(key=KEYS["publisher"]).encode()
+    lists = {}, {b"announce-list": [[url, OTHER], [url]]}, {b"announce-list": [[url]]}
+    for number, more in enumerate(lists):
+        outer = {b"announce": url, **more, b"info": info_of(b"%d" % number)}
+        data = bencoder.bencode(outer)
+        answer = json.loads(post(client, f"/{KEYS['publisher']}/publish", data)[2])
+        for start in [f"/{KEYS['member']}"] + [""] * (not private):
+            path = f"{start}/torrent/{answer['info_hash']}.torrent"
+            made = bencoder.bdecode(client.get(path)[2])
+            ours = f"http://tracker.test{start}/announce".encode()
+            assert made[b"announce"] == ours
+            expected = [[ours], [OTHER]] if number == 1 else None
+            assert made.get(b"announce-list") == expected
+
+
 # keys.txt
 
 

@@ -434,7 +434,7 @@ def test_large_torrents_are_refused(files):
         ({}, None),
         ({b"announce": OURS}, None),
         ({b"announce": THEIRS}, [[OURS], [THEIRS]]),
-        ({b"announce": THEIRS, b"announce-list": [[OURS]]}, None),
+        ({b"announce": THEIRS, b"announce-list": [[OURS]]}, [[OURS], [THEIRS]]),
         ({b"announce-list": [[OURS, THEIRS], [b"x", 5]]}, [[OURS], [THEIRS], [b"x"]]),
         ({b"announce-list": [[b" ", OURS], [THEIRS]]}, [[OURS], [THEIRS]]),
         ({b"announce-list": [THEIRS, {}, 5, []], b"announce": 5}, None),
