@@ -4604,9 +4604,9 @@ def export(path):
     if is_file and not os.path.isdir(store.folder):
         problem = f"There is no {store.folder}. Set data as for the server."
         raise click.ClickException(problem)
-    with _progress(store.swarms(int(time.time())), "Export") as swarms:
-        found = {h.hex(): counts.snatches for h, counts in swarms if counts.snatches}
     try:
+        with _progress(store.swarms(int(time.time())), "Export") as swarms:
+            found = {h.hex(): counts.snatches for h, counts in swarms if counts[3]}
         with click.open_file(path, "x") as file:
             file.write(f"{json.dumps(found)}\n")
     except BrokenPipeError:

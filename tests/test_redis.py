@@ -1,6 +1,7 @@
 """The Redis store: the contract, engines that fail, and trackers that share one."""
 
 import inspect
+import json
 import os
 import random
 import re
@@ -440,6 +441,19 @@ def test_snatches_move_to_redis_and_back(engine, tmp_path):
             subprocess.run(words, check=True, env=environ, cwd=ROOT)
         assert dict(make(engine, tmp_path).swarms(now)) == before
     assert dict(bitbreeze.FileStore(there, make_settings()).swarms(now)) == before
+
+
+@pytest.mark.parametrize("command", ["export", "import"])
+def test_snatches_do_not_move_without_an_engine(tmp_path, command):
+    (tmp_path / "file").write_text(json.dumps({"ab" * 20: 3}))
+    environ = {**os.environ, "TRACKER_STORE": "redis://127.0.0.1:1/0"}
+    path = tmp_path / ("file" if command == "import" else "new")
+    done = subprocess.run(
+        [*APP, command, path], env=environ, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"The {command} failed: " in done.stderr
+    assert "127.0.0.1:1" in done.stderr and not (tmp_path / "new").exists()
 
 
 def test_a_tracker_says_that_its_engine_is_gone(engine, tmp_path, caplog):
