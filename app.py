@@ -989,7 +989,7 @@ class UdpServer:
 
     def serve(self):
         """Answer packets, each from the address that it was sent to."""
-        while self.sock.fileno() >= 0:  # until it is closed
+        while self.sock.fileno() >= 0:  # closed: ends with the next packet
             try:
                 packet, info, _, sender = self.sock.recvmsg(2048, 64)
                 if reply := self.answer(packet, sender[0], int(time.time())):
@@ -1761,7 +1761,7 @@ class Stats:
     def counters(self):
         """Return a Counter: the file plus what this process has not written yet."""
         with self._lock:
-            return self._read() + Counter(self._pending)
+            return (self._read() or Counter()) + Counter(self._pending)
 
     def flush(self):
         """Write what was counted, unless another process writes. Raise OSError."""
@@ -1778,23 +1778,24 @@ class Stats:
         os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
         with self._lock, open(f"{self.path}.lock", "ab") as lock:
             fcntl.flock(lock, mode)
-            counters = self._read()
+            if (counters := self._read()) is None:
+                log.error("%s is damaged: its counters start again", self.path)
+                counters = Counter()
             counters.update(self._pending)
             Path(f"{self.path}.new").write_text(json.dumps({"counters": counters}))
             os.replace(f"{self.path}.new", self.path)
             self._pending.clear()
 
     def _read(self):
-        """Return the counters in the file; a damaged one counts as empty."""
-        with suppress(FileNotFoundError):
-            try:
-                counters = Counter(json.loads(Path(self.path).read_bytes())["counters"])
-                if not all(type(n) is int and n >= 0 for n in counters.values()):
-                    raise ValueError
-                return counters
-            except (ValueError, LookupError, TypeError, RecursionError):
-                log.error("%s is damaged: its counters start again", self.path)
-        return Counter()
+        """Return the counters in the file, or None if it is damaged."""
+        try:
+            counters = Counter(json.loads(Path(self.path).read_bytes())["counters"])
+            is_good = all(type(n) is int and n >= 0 for n in counters.values())
+            return counters if is_good else None
+        except FileNotFoundError:
+            return Counter()
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return None
 
 
 # -- File store -----------------------------------------------------------------------
@@ -1892,8 +1893,8 @@ class FileStore:
     stops a whole worker, so nothing that waits (a sleep, a socket) may stand between
     lock and unlock. Logging to a terminal or a file does not wait.
 
-    Memory: a process keeps only open files, each until about ten seconds after its last
-    announce, and maps those with a second announce into memory.
+    Memory: a process keeps only open files, each for ten seconds, and maps those into
+    memory that have a second announce in this time.
 
     Files: pages of 4096 bytes, numbers little-endian. Each page:
 
@@ -1933,7 +1934,7 @@ class FileStore:
     because nothing waits for the disk. Seconds are good until 2106. Another format gets
     another folder. The file swarms.count holds two numbers of 8 bytes: of swarms, and
     of those with peers. max_swarms limits the second number. The first number may be
-    twice as large; then ``tidy`` keeps no swarm without peers.
+    twice as large. Then each new swarm removes those of a folder that have no peers.
     """
 
     def __init__(self, folder, settings):
@@ -1996,8 +1997,7 @@ class FileStore:
 
     def reset(self, now):
         """Forget all peers and snatches."""
-        for _ in self._walk(range(256), now, Swarm.retire):
-            pass
+        list(self._walk(range(256), now, Swarm.retire))
 
     def raise_snatches(self, info_hash, snatches, now):
         """Count at least so many snatches; raise TrackerError as ``announce`` does."""
@@ -2007,14 +2007,12 @@ class FileStore:
         """Return roughly when a peer last announced, 0 if that is unknown."""
         return self._visit(info_hash, now, False, Swarm.last_seen) or 0
 
-    def tidy(self, now):
+    def tidy(self, now, is_full=False):
         """Do a little housekeeping: go through the next of the 256 folders."""
         self._next = (self._next + 1) % 256
+        work = Swarm.retire_empty if is_full else Swarm.counts_or_retire
         with suppress(OSError):  # the next announce to that swarm reports it
-            is_tight = 0 < 2 * self.settings.max_swarms < self._count_swarms()[0]
-            work = Swarm.retire_empty if is_tight else Swarm.counts_or_retire
-            for _ in self._walk([self._next], now, work):
-                pass
+            list(self._walk([self._next], now, work))
 
     def probe(self):
         """Raise OSError if the store cannot keep peers."""
@@ -2049,9 +2047,7 @@ class FileStore:
         while True:
             if now != self._now:
                 self._close_old(now)
-            swarm = self._open.get(info_hash)
-            if swarm is None or not -60 < now - swarm.opened < 10:
-                swarm = self._find(info_hash, create)
+            swarm = self._open.get(info_hash) or self._find(info_hash, create)
             if swarm is None:
                 return None
             swarm.lock.acquire()
@@ -2082,18 +2078,18 @@ class FileStore:
                         self._count_swarms(lambda n, live, more=more: (n, live + more))
 
     def _close_old(self, now):
-        """Once a second, close files that had no announce for ten seconds."""
+        """Once a second, close files that were opened ten seconds ago."""
         known = list(self._open.items())
         # Other threads may be behind.
-        self._open = {key: each for key, each in known if -60 < now - each.opened < 20}
+        self._open = {key: each for key, each in known if -60 < now - each.opened < 10}
         self._now = now
 
     def _find(self, info_hash, create):
         """Return the opened Swarm, or None if there is none and create is false.
 
-        Only a swarm that is announced stays open: walks would close all others. Each is
-        opened again after ten seconds. So a process notices within ten seconds that the
-        folder was moved or removed.
+        Only a swarm that is announced stays open: walks would close all others. As each
+        is closed after ten seconds, a process notices by then that the folder was moved
+        or removed.
         """
         name = info_hash.hex()
         path = f"{self.folder}/swarms/{name[:2]}/{name}"
@@ -2133,7 +2129,7 @@ class FileStore:
         with suppress(FileExistsError):  # another process has just created it
             swarms, _ = self._count_swarms(create)
             if 0 < 2 * most < swarms:
-                self.tidy(self._now)
+                self.tidy(self._now, is_full=True)
 
     def _remove(self, swarm, error):
         """Remove a swarm after a RetiredError; after a DamagedError, keep it aside.
@@ -2226,10 +2222,10 @@ class Swarm:
         if stored != checksum(raw):
             raise DamagedError("the checksum of its head is wrong")
         head = _SWARM_HEAD.unpack(raw)
+        if head[-1] == RETIRED:
+            raise RetiredError
         info_hash, self.salt, self.pages, *self.tally = head[:6]
         self.snatches, self.recount_at, self.emptied, self.state = head[6:]
-        if self.state == RETIRED:
-            raise RetiredError
         if info_hash != self.info_hash or not self.pages or self.state > CHANGING:
             raise DamagedError("its head belongs to another swarm")
         if self.pages == 1:
@@ -2851,15 +2847,18 @@ def spread(wanted, ids, ends4, ends6):
     """
     pairs = zip_longest(chunks(ends4, 6), chunks(ends6, 18), fillvalue=b"")
     sources = [[*filter(any, (end4[:4], end6[:6]))] for end4, end6 in pairs]
-    counts, slots = Counter(), []
-    for slot, of_peer in enumerate(sources):
-        most = max(FEW, (len(slots) + 1) // 4)
-        if len(slots) < wanted and all(counts[each] < most for each in of_peer):
-            counts.update(of_peer)
-            slots.append(slot)
-    if max(counts.values(), default=0) == len(slots):  # all have one address
-        slots = range(min(wanted, len(sources)))
-    return peers_at(slots, ids, ends4, ends6)
+    totals = Counter(chain.from_iterable(sources))
+    most = max(totals.values(), default=0)
+    share = wanted if most == len(sources) else wanted // 4
+    while True:
+        most, counts, slots = max(FEW, share), Counter(), []
+        for slot, of_peer in enumerate(sources):
+            if len(slots) < wanted and all(counts[each] < most for each in of_peer):
+                counts.update(of_peer)
+                slots.append(slot)
+        share = len(slots) // 4
+        if most <= max(FEW, share) or most == wanted:
+            return peers_at(slots, ids, ends4, ends6)
 
 
 def find_item(column, wanted, width):
@@ -3200,7 +3199,7 @@ class RedisStore(FileStore):
         ids, *ends = spread(wanted, *columns) if is_crowd else peers
         return counts_of(*counts), Peers(b"" if a.compact else ids, *ends)
 
-    def tidy(self, now):
+    def tidy(self, now, is_full=False):
         """Do nothing: keys expire in the engine."""
 
     def probe(self):
@@ -3982,9 +3981,9 @@ def torrents_json():
     """Send a page of a search, of a category, or of all torrents, in any order."""
     query, site = ListQuery.parse(request.args), site_url()
     rows = query.select(current_app.listing(query.sort, int(time.time()))[0])
-    start, pages = (query.page - 1) * PER_PAGE, -(-len(rows) // PER_PAGE)
+    start, last = (query.page - 1) * PER_PAGE, -(-len(rows) // PER_PAGE)
     found = [_json_of(row, site) for row in rows[start : start + PER_PAGE]]
-    response = flask.jsonify(torrents=found, page=query.page, pages=pages)
+    response = flask.jsonify(torrents=found, page=query.page, pages=last)
     response.headers.update(CORS_HEADERS)
     response.add_etag()
     return response.make_conditional(request)
@@ -4638,10 +4637,10 @@ def import_(path):
                 except TrackerError:
                     left_out += 1
     except (OSError, ValueError) as error:
-        problem = f"The import failed: {error}. It is safe to try again."
-        raise click.ClickException(problem) from None
-    more = f"; max_swarms left out {left_out}" if left_out else ""
-    click.echo(f"Imported the snatches of {len(found)} swarms{more}.", err=True)
+        raise click.ClickException(f"The import failed: {error}.") from None
+    more = f", but not of {left_out}: max_swarms is reached" if left_out else ""
+    done = f"Imported the snatches of {len(found) - left_out} swarms{more}."
+    click.echo(done, err=True)
 
 
 def read_snatches(data):
@@ -4653,7 +4652,7 @@ def read_snatches(data):
             if len(info_hash) != 20:
                 raise ValueError
     except Exception:  # a file may hold anything
-        problem = "this is no whole export, such as {INFO_HASH: NUMBER}"
+        problem = "it is not an export, which has the form {INFO_HASH: NUMBER}"
         raise ValueError(problem) from None
     return found
 

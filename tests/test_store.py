@@ -103,6 +103,30 @@ def test_swarms_without_peers_keep_no_live_swarm_out(make_store):
     assert len(kept(store.folder)) == counted(store)[0]
 
 
+def test_a_wrong_number_of_swarms_costs_no_snatches(make_store):
+    store = make_store(max_swarms=20)
+    for number in range(10):
+        store.raise_snatches(bytes([number]) * 20, 1, NOW)
+    store._count_swarms(lambda swarms, live: (60, live))
+    for turn in range(256):
+        store.tidy(NOW + turn)
+    assert len(list(store.swarms(NOW))) == 10
+
+
+def test_a_reset_by_another_process_counts_once(make_store):
+    store, other = make_store(), make_store()
+
+    def announce(store, numbers):
+        for number in numbers:
+            Swarm(store, bytes([number]) * 20).announce(1)
+
+    announce(store, range(10))
+    other.reset(NOW)
+    announce(other, range(10, 30))
+    announce(store, range(10))
+    assert counted(store) == (30, 30)
+
+
 def files(store):
     return [path for path in Path(store.folder).rglob("*") if path.is_file()]
 
