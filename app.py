@@ -3373,7 +3373,7 @@ TEMPLATES = {
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{% if heading %}{{ heading }} - {% endif %}{{ settings.title }}</title>
 <link rel="icon"
- href="{{ icon }}M1 5h9a2 2 0 1 0-2-2M1 8h12M1 11h7a2 2 0 1 1-2 2'/></svg>">
+ href="ICONM1 5h9a2 2 0 1 0-2-2M1 8h12M1 11h7a2 2 0 1 1-2 2'/></svg>">
 {% if feed %}<link rel="alternate" type="application/rss+xml"
  title="{{ settings.title }}" href="{{ root }}{{ feed }}">{% endif %}
 <style>{{ style | safe }}</style>
@@ -3402,8 +3402,8 @@ TEMPLATES = {
 {% if is_shown %}<p><a href="{{ root }}">Go to the front page</a></p>{% endif %}
 {% endblock %}
 </main>
-<footer class="faint">{% block footer %}{% endblock %}BitBreeze {{ version }}</footer>
-""",
+<footer class="faint">{% block footer %}{% endblock %}BitBreeze VERSION</footer>
+""".replace("ICON", ICON).replace("VERSION", __version__),
     "front.html": """\
 {% extends "base.html" %}
 {% block intro %}
@@ -4270,7 +4270,7 @@ def _check_udp(url):
                 sock.send(start + head + rest)
                 reply = sock.recv(2048)
                 if reply[:8] != head:
-                    raise ValueError(reply[8:].decode(errors="replace"))
+                    raise TrackerError(reply[8:].decode(errors="replace"))
                 return reply[8:]
 
             def announce(port, event, swarm):
@@ -4283,7 +4283,7 @@ def _check_udp(url):
             ask(connection, 2, bytes(20))
             yield Finding(OK, f"Clients connect to {url} and scrape, and it answers.")
             yield from _check_addresses(announce)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TrackerError) as error:
         fact = f"{url} does not answer as a tracker: {visible(str(error))}."
         remedy = "Open its UDP port in the firewall. Containers need -p 6969:6969/udp."
         yield Finding(FAILURE, f"{fact} {remedy}")
@@ -4297,7 +4297,7 @@ def _announce(base, port, event, swarm):
     _, body, own = _get(f"{base}/announce?{query}", headers)
     reply = bencoder.bdecode(body)
     if b"failure reason" in reply:
-        raise ValueError(reply[b"failure reason"].decode(errors="replace"))
+        raise TrackerError(reply[b"failure reason"].decode(errors="replace"))
     return chunks(reply[b"peers"], 6) + chunks(reply.get(b"peers6", b""), 18), own
 
 
@@ -4307,6 +4307,10 @@ def _check_addresses(announce):
     ports = 50001, FORGER, 50003
     try:
         found, own = [announce(port, "started", swarm) for port in ports][-1]
+    except TrackerError as refusal:
+        level = FAILURE if "address" in str(refusal) else WARNING
+        yield Finding(level, f"Addresses cannot be checked: {visible(str(refusal))}.")
+        return
     finally:
         for port in ports:
             with suppress(Exception):
@@ -4345,7 +4349,6 @@ class BitBreeze(flask.Flask):
         self.jinja_loader = DictLoader(TEMPLATES)
         self.jinja_env.globals.update(tracker=tracker, style=STYLE, site_url=site_url)
         self.jinja_env.globals.update(announce_urls=announce_urls, member=member)
-        self.jinja_env.globals.update(version=__version__, icon=ICON)
         self.config["MAX_CONTENT_LENGTH"] = MAX_TORRENT_BYTES + 2**16
         for template_filter in (visible, http_date, date_text, magnet_of, soft, linked):
             self.add_template_filter(template_filter)
@@ -4648,12 +4651,10 @@ def read_snatches(data):
     try:
         found = {bytes.fromhex(h): number for h, number in json.loads(data).items()}
         for info_hash, number in found.items():
-            struct.pack("!I", number)
-            if len(info_hash) != 20:
+            if len(info_hash) != 20 or number >> 32:  # more bits, or negative
                 raise ValueError
     except Exception:  # a file may hold anything
-        problem = "it is not an export, which has the form {INFO_HASH: NUMBER}"
-        raise ValueError(problem) from None
+        raise ValueError("it is not like {INFO_HASH: NUMBER, ...}") from None
     return found
 
 

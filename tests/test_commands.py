@@ -451,7 +451,7 @@ def test_a_file_that_is_no_export_changes_nothing(tmp_path, monkeypatch, text):
     monkeypatch.setattr(bitbreeze, "app", app)
     ended = CliRunner().invoke(bitbreeze.import_, ["-"], input=text)
     assert ended.exit_code == 1
-    sentence = "it is not an export, which has the form {INFO_HASH: NUMBER}"
+    sentence = "it is not like {INFO_HASH: NUMBER, ...}"
     told = f"Error: The import failed: {sentence}.\n"
     assert ended.output == told
     assert not (tmp_path / "data").exists()

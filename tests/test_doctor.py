@@ -560,8 +560,23 @@ def test_a_tracker_that_is_not_there(monkeypatch, url, reason):
     assert finding.text.endswith("Containers need -p 6969:6969/udp.")
 
 
-def test_a_refusal_over_udp_is_named(tmp_path):
+def test_a_tracker_of_listed_torrents_refuses_a_random_one(tmp_path):
+    settings = {"data": tmp_path / "data", "track": "listed"}
+    with served(bitbreeze.create_app(settings, isolated=True)) as url:
+        found = list(bitbreeze.check_url(url))
     with over_udp(tmp_path, track="listed") as (url, _):
-        finding = list(bitbreeze.check_url(url))[-1]
-    assert finding.level == FAILURE
-    assert "torrent not registered with this tracker" in finding.text
+        found += bitbreeze.check_url(url)
+    reason = "torrent not registered with this tracker"
+    told = f"Addresses cannot be checked: {reason}."
+    assert texts(found, WARNING) == [told] * 2 and not texts(found, FAILURE)
+
+
+def test_a_private_tracker_is_checked_with_a_key(tmp_path):
+    (tmp_path / "keys.txt").write_text(f"{'k' * 20} Ana\n")
+    settings = {"torrents": tmp_path / "torrents", "private": True}
+    app = bitbreeze.create_app({**settings, "data": tmp_path / "data"}, isolated=True)
+    with served(app) as url:
+        found = list(bitbreeze.check_url(f"{url}/{'k' * 20}/announce"))
+        (refused,) = texts(bitbreeze.check_url(f"{url}/announce"), FAILURE)
+    assert {finding.level for finding in found} == {OK}
+    assert "403" in refused

@@ -10,7 +10,7 @@ import libtorrent
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
-from servers import announce, free_port, gunicorn, serving
+from servers import announce, free_port, gunicorn, poll, serving
 from test_pages import DETAILS, MARKUP, put
 from test_torrents import torrent_of
 
@@ -37,6 +37,8 @@ def site(tmp_path_factory):
     environ |= {"TRACKER_OPERATOR_KEY": KEY, "TRACKER_NOTICE": "Back at <noon>"}
     environ = {name: str(value) for name, value in environ.items()}
     with serving(gunicorn(port), port, environ) as server:
+        end = f">{len(NAMES)} torrents, page 1 of ".encode()
+        poll(lambda: end in urlopen(server.url).read(), 20, "all torrents")
         made = (folder / "torrents/linux/4.torrent").read_bytes()
         info = libtorrent.torrent_info(libtorrent.bdecode(made))
         info_hash = info.info_hashes().v1.to_bytes()
