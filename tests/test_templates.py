@@ -1,5 +1,6 @@
 """Templates: the pages in a real browser, with a check of their accessibility."""
 
+import itertools
 import json
 import os
 import shutil
@@ -258,7 +259,7 @@ def harbour(tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("width", "scheme"),
-    [(1200, "light"), (1200, "dark"), (800, "light"), (390, "light"), (390, "dark")],
+    list(itertools.product((1200, 800, 390), ("light", "dark"))),
 )
 def test_screenshots_are_made(visit, harbour, width, scheme):
     """They are kept, so that a change of the pages is seen; README shows one."""
