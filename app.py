@@ -317,7 +317,7 @@ def client_address(environ, settings):
     remote, trusted = environ.get("REMOTE_ADDR", ""), settings.proxy_networks
     try:
         address = parse_address(remote)
-        is_proxy = trusted and is_in(address, trusted)
+        is_proxy = trusted and is_in(address, [n for n in trusted if n != "unix"])
     except ValueError:  # servers on a Unix socket know no address
         address, is_proxy = b"", "unix" in trusted
     if settings.proxies and (is_proxy or not trusted):
@@ -347,7 +347,7 @@ def parse_address(text):
 def is_in(address, networks):
     """Return True if an address, 4 or 16 bytes, is in one of the networks."""
     ip = ipaddress.ip_address(address)
-    return any(network != "unix" and ip in network for network in networks)
+    return any(ip in network for network in networks)
 
 
 def forwarded_address(environ, settings):
@@ -1694,7 +1694,7 @@ def parse_details(metainfo):
     }
 
 
-def with_announce(metainfo, urls, has_key=lambda url: False):
+def with_announce(metainfo, urls, has_key):
     """Return the bytes of a .torrent file with the tracker at ``urls`` as its first.
 
     The other trackers follow (BEP 12), except in a private torrent, which has only one
@@ -2097,11 +2097,10 @@ class FileStore:
             try:
                 with suppress(FileNotFoundError):
                     swarm = Swarm(path, info_hash, self.settings, self._now)
-                    if create:
-                        kept = self._open  # another thread may replace it
-                        while len(kept) >= OPEN_AT_MOST:
-                            kept.popitem()
-                        kept[info_hash] = swarm
+                    kept = self._open if create else {}  # threads may replace it
+                    while len(kept) >= OPEN_AT_MOST:
+                        kept.popitem()
+                    kept[info_hash] = swarm
                     return swarm
                 if not create:
                     return None
@@ -4019,10 +4018,11 @@ def torrent_json(info_hash):
 @pages.get("/torrent/<info_hash>.svg")
 def badge(info_hash=""):
     """Send the seeders and leechers of a torrent, or of all, as a small image."""
-    totals, _ = current_app.tracker.snapshot(int(time.time()))
-    seeders, leechers = totals["seeders"], totals["leechers"]
     if info_hash:
         seeders, leechers = _torrent_or_404(info_hash)[0].counts[:2]
+    else:
+        totals, _ = current_app.tracker.snapshot(int(time.time()))
+        seeders, leechers = totals["seeders"], totals["leechers"]
     fill = "#1a7f37" if seeders else "#b3261e"
     text = f"seeders {seeders:,}, leechers {leechers:,}"
     image = render_template("badge.svg", text=text, fill=fill)
@@ -4608,7 +4608,7 @@ def export(path):
         raise click.ClickException(problem)
     try:
         with _progress(store.swarms(int(time.time())), "Export") as swarms:
-            found = {h.hex(): counts.snatches for h, counts in swarms if counts[3]}
+            found = {h.hex(): each.snatches for h, each in swarms if each.snatches}
         with click.open_file(path, "x") as file:
             file.write(f"{json.dumps(found)}\n")
     except BrokenPipeError:

@@ -374,7 +374,6 @@ def test_what_is_exported_can_be_imported(tmp_path):
     assert json.loads(piped.stdout) == given
     assert (tmp_path / "file").read_text() == piped.stdout
     more = {f"{0:040x}": 7, f"{9:040x}": 5}
-    (tmp_path / "more").write_text(json.dumps(more))
     for text in (piped.stdout, piped.stdout, json.dumps(more), piped.stdout):
         ended = run("import", "-", typed=text, TRACKER_DATA=other)
         assert ended.returncode == 0, ended.stderr

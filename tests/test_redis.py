@@ -17,7 +17,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 import pytest
-from conftest import NOW, Client, make_settings, peer_id
+from conftest import NOW, Client, all_peers, make_settings, peer_id
 from contract import *  # noqa: F403
 from contract import Swarm
 from servers import (
@@ -370,9 +370,9 @@ def storm(nodes, trackers, tmp_path, cases):
         wait_for_cluster(nodes)
     store = make(nodes[0], tmp_path)
     found = {
-        (info_hash, record.peer_id)
-        for info_hash, _ in store.swarms(int(time.time()))
-        for record, _ in store.peers(info_hash, int(time.time()))[1]
+        (info_hash, peer)
+        for info_hash, peers in all_peers(store, int(time.time()))
+        for peer in bitbreeze.chunks(peers.ids, 20)
     }
     assert set().union(*kept) <= found and len(found) > 50
     assert sum(refusals) > 0

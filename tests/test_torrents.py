@@ -28,6 +28,11 @@ def info_of(name, /, **changes):
     return {key: value for key, value in known.items() if value is not None}
 
 
+def download_of(metainfo):
+    """Return a .torrent file with OURS in it, from a tracker without keys."""
+    return bitbreeze.with_announce(metainfo, [OURS.decode()], lambda url: False)
+
+
 def torrent_of(name, /, **changes):
     """Return the bytes of a small .torrent file."""
     return bencoder.bencode({b"info": info_of(name.encode(), **changes)})
@@ -176,7 +181,7 @@ def check_torrent(data):
     assert torrent.name.encode() and 0 <= (details["created"] or 0) < 2**33
     link = bitbreeze.magnet(torrent, [OURS.decode()])
     assert link.isascii() and not re.search(r'[\s<>"]', link)
-    made = bitbreeze.read_metainfo(bitbreeze.with_announce(metainfo, [OURS.decode()]))
+    made = bitbreeze.read_metainfo(download_of(metainfo))
     assert (made.info_bytes, made.outer[b"announce"]) == (metainfo.info_bytes, OURS)
 
 
@@ -403,7 +408,7 @@ def test_torrents_are_listed_as_libtorrent_loads_them(data):
     assert listed(data) == loaded(data)
     if loaded(data):
         metainfo = bitbreeze.read_metainfo(data)
-        download = bitbreeze.with_announce(metainfo, [OURS.decode()])
+        download = download_of(metainfo)
         assert loaded(download) == loaded(data)
         assert libtorrent.load_torrent_buffer(download).trackers[0] == OURS.decode()
 
@@ -455,7 +460,7 @@ def test_our_announce_url_comes_first(before, after):
         info = info_of(b"a", private=private)
         metainfo = {**before, b"info": info, b"url-list": [b"kept"]}
         metainfo = metainfo_of(metainfo)
-        made = bencoder.bdecode(bitbreeze.with_announce(metainfo, [OURS.decode()]))
+        made = bencoder.bdecode(download_of(metainfo))
         assert made.pop(b"announce") == OURS
         assert made.pop(b"announce-list", None) == (None if private else after)
         assert made == {b"info": info, b"url-list": [b"kept"]}

@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
-from conftest import NOW, mutated, peer_id
+from conftest import NOW, all_peers, mutated, peer_id
 from servers import (
     APP,
     ROOT,
@@ -544,9 +544,9 @@ def test_no_acknowledged_peer_is_lost_when_workers_are_killed(
         server.output.close()
     store = bitbreeze.FileStore(tmp_path, bitbreeze.Settings())
     found = {
-        (info_hash, record.peer_id)
-        for info_hash, _ in store.swarms(int(time.time()))
-        for record, _ in store.peers(info_hash, int(time.time()))[1]
+        (info_hash, peer)
+        for info_hash, peers in all_peers(store, int(time.time()))
+        for peer in bitbreeze.chunks(peers.ids, 20)
     }
     assert set().union(*known) <= found and len(found) > 100
 
